@@ -1,0 +1,158 @@
+"""Bits and extents: which granules of a device are meant.
+
+A bitmap is an array of 64-bit words, bit `i` of word `w` standing for granule `64 * w + i`. All
+functions work on numpy views, so the words may as well be a kernel map or a file in memory. Their
+cost follows the words that are set plus one sequential scan; a device of 2^28 granules is 32 MiB.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blktrack.extent import ExtentArray, empty
+
+Words = NDArray[np.uint64]
+BITS = 64
+ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+# Scans go through slices of this many words, so that temporaries stay small and in the cache.
+_SLICE = 1 << 15
+
+
+def words_for(bits: int) -> int:
+    return -(-bits // BITS)
+
+
+def granules_for(size: int, granularity: int) -> int:
+    return -(-size // granularity)
+
+
+def nonzero(words: Words) -> NDArray[np.int64]:
+    """Indices of the words that are not zero."""
+    found = [
+        np.flatnonzero(part) + start
+        for start in range(0, len(words), _SLICE)
+        if (part := words[start : start + _SLICE]).any()
+    ]
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+
+def any_set(words: Words) -> bool:
+    return any(words[i : i + _SLICE].any() for i in range(0, len(words), _SLICE))
+
+
+def count(words: Words) -> int:
+    """Bits set."""
+    found = words[nonzero(words)]
+    return int(np.unpackbits(found.view(np.uint8)).sum(dtype=np.int64)) if len(found) else 0
+
+
+def or_into(target: Words, source: Words) -> bool:
+    """Add the bits of `source` to `target`; only words that are set are written. True if any was."""
+    index = nonzero(source)
+    if len(index):
+        target[index] |= source[index]
+    return len(index) > 0
+
+
+def clear(words: Words) -> None:
+    """Zero the words that are set; pages that hold none are not written."""
+    for start in range(0, len(words), _SLICE):
+        part = words[start : start + _SLICE]
+        if part.any():
+            part[:] = 0
+
+
+def _ends(first: int, count: int) -> tuple[int, int, np.uint64, np.uint64]:
+    """The first and last word of a range of bits, and the masks of its bits in them."""
+    last = first + count - 1
+    head = np.uint64((1 << 64) - (1 << (first % BITS)))
+    tail = np.uint64((1 << (last % BITS + 1)) - 1)
+    return first // BITS, last // BITS, head, tail
+
+
+def set_range(words: Words, first: int, count: int) -> None:
+    """Set `count` bits from bit `first` on."""
+    if count <= 0:
+        return
+    low, high, head, tail = _ends(first, count)
+    if low == high:
+        words[low] |= head & tail
+        return
+    words[low] |= head
+    words[low + 1 : high] = ALL
+    words[high] |= tail
+
+
+def clear_range(words: Words, first: int, count: int) -> None:
+    """Clear `count` bits from bit `first` on."""
+    if count <= 0:
+        return
+    low, high, head, tail = _ends(first, count)
+    if low == high:
+        words[low] &= ~(head & tail)
+        return
+    words[low] &= ~head
+    words[low + 1 : high] = 0
+    words[high] &= ~tail
+
+
+def set_bits(words: Words, bits: NDArray[np.int64]) -> None:
+    """Set the bits of these numbers, in any order, repeated or not."""
+    np.bitwise_or.at(words, bits // BITS, np.uint64(1) << (bits % BITS).astype(np.uint64))
+
+
+def bits(words: Words) -> NDArray[np.int64]:
+    """The numbers of the set bits, ascending."""
+    index = nonzero(words)
+    if not len(index):
+        return np.empty(0, dtype=np.int64)
+    rows = np.unpackbits(words[index].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    row, bit = np.nonzero(rows)
+    return np.asarray(index[row] * BITS + bit, dtype=np.int64)
+
+
+def _runs(words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and one-past-last bit of every run of set bits."""
+    index = nonzero(words)
+    if not len(index):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    full = words[index] == ALL
+    starts = index * BITS
+    parts_first, parts_end = [starts[full]], [starts[full] + BITS]
+    mixed = index[~full]
+    for at in range(0, len(mixed), _SLICE):
+        some = mixed[at : at + _SLICE]
+        raw = words[some].view(np.uint8).reshape(-1, 8)
+        padded = np.zeros((len(some), BITS + 2), dtype=np.int8)
+        padded[:, 1:-1] = np.unpackbits(raw, axis=1, bitorder="little")
+        edges = np.diff(padded, axis=1)
+        row, bit = np.nonzero(edges == 1)
+        parts_first.append(some[row] * BITS + bit)
+        row, bit = np.nonzero(edges == -1)
+        parts_end.append(some[row] * BITS + bit)
+    first = np.sort(np.concatenate(parts_first))
+    end = np.sort(np.concatenate(parts_end))
+    # Runs were cut at word edges: one that begins where the one before ends continues it.
+    joined = first[1:] == end[:-1]
+    return first[np.r_[True, ~joined]], end[np.r_[~joined, True]]
+
+
+def extents(words: Words, granularity: int, size: int) -> ExtentArray:
+    """The set bits as coalesced extents in bytes, the last one clipped to `size`."""
+    first, end = _runs(words)
+    if not len(first):
+        return empty()
+    start = first * granularity
+    stop = np.minimum(end * granularity, size)
+    return np.stack([start, stop - start], axis=1).astype(np.int64)
+
+
+def clear_extents(words: Words, granularity: int, size: int, done: ExtentArray) -> None:
+    """Clear the granules that lie wholly inside `done` (a granule cut by `size` counts as whole)."""
+    for start, length in done.tolist():
+        end = start + length
+        first = -(-start // granularity)
+        last = granules_for(size, granularity) if end >= size else end // granularity
+        clear_range(words, first, last - first)

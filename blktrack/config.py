@@ -1,0 +1,39 @@
+"""Where this instance of blktrack keeps its things."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+BPFFS = Path("/sys/fs/bpf")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The places of design section 7; `BLKTRACK_ROOT` moves them, so that instances do not meet."""
+
+    pins: Path  # kernel programs and maps
+    run: Path  # survives a process, not a boot
+    lib: Path  # survives a boot
+    policy: Path
+
+    @classmethod
+    def from_environment(cls) -> Paths:
+        root = os.environ.get("BLKTRACK_ROOT")
+        if not root:
+            return cls(
+                BPFFS / "blktrack",
+                Path("/run/blktrack"),
+                Path("/var/lib/blktrack"),
+                Path("/etc/blktrack/blktrack.toml"),
+            )
+        base = Path(root).resolve()
+        tag = hashlib.sha256(str(base).encode()).hexdigest()[:12]
+        return cls(
+            BPFFS / f"blktrack-{tag}",
+            base / "run/blktrack",
+            base / "var/lib/blktrack",
+            base / "etc/blktrack/blktrack.toml",
+        )

@@ -1,0 +1,94 @@
+"""Files that are whole after a crash, and locks that a death releases."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blktrack.errors import BlktrackError, Busy
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace `path`: after a crash at any step it holds the old value or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BlktrackError(
+            f"cannot write {path}: {error.strerror}",
+            hint="free space on that file system or make it writable, then run the command again",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The value of `path`, None if there is none. Unreadable content is an error, never a guess."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BlktrackError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BlktrackError(
+            f"{path} is damaged: {error}",
+            hint=f"move {path} away; the next sync starts over from what is left",
+        ) from error
+    if not isinstance(value, dict):
+        raise BlktrackError(f"{path} is damaged: not an object", hint=f"move {path} away")
+    return value
+
+
+def sync_directory(path: Path) -> None:
+    """Make names created, replaced or removed in this directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, what: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold `path` exclusively; a killed holder releases it. Busy after `wait` seconds.
+
+    `what` names the thing held, for the message: "device /dev/sdb".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + wait
+        while not _try_lock(fd):
+            if time.monotonic() >= deadline:
+                raise Busy(f"{what} is held by another run", hint="wait for it to end")
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
+            return False
+        raise
+    return True

@@ -1,0 +1,197 @@
+"""What sysfs and procfs say about block devices. Reading only; nothing is decided here."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from blktrack.errors import UsageError
+from blktrack.units import SECTOR
+
+SYSFS = Path("/sys")
+BY_NAME = ("by-id", "by-partuuid")  # links of /dev/disk that follow the medium, best first
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _number(path: Path, default: int = 0) -> int:
+    text = _text(path)
+    return int(text) if text and text.lstrip("-").isdigit() else default
+
+
+@dataclass(frozen=True)
+class BlockDevice:
+    """A disk, partition or volume, by the path the user gave. Numbers are bytes."""
+
+    path: str
+    name: str  # the kernel's: "sda1"
+    sys: Path  # its folder in sysfs
+    number: tuple[int, int]  # major, minor
+
+    @classmethod
+    def find(cls, path: str) -> BlockDevice:
+        """UsageError if `path` is not a block device."""
+        try:
+            info = os.stat(path)
+        except OSError as error:
+            raise UsageError(
+                f"{path}: {error.strerror}", hint="name a block device, such as /dev/sdb"
+            ) from error
+        if not stat.S_ISBLK(info.st_mode):
+            raise UsageError(
+                f"{path} is not a block device", hint="name a disk, partition or logical volume"
+            )
+        return cls.of_number(os.major(info.st_rdev), os.minor(info.st_rdev), path)
+
+    @classmethod
+    def of_number(cls, major: int, minor: int, path: str = "") -> BlockDevice:
+        link = SYSFS / f"dev/block/{major}:{minor}"
+        if not link.exists():
+            raise UsageError(f"{path or f'{major}:{minor}'} has no device behind it")
+        folder = link.resolve()
+        name = folder.name
+        return cls(path or f"/dev/{name.replace('!', '/')}", name, folder, (major, minor))
+
+    @cached_property
+    def is_partition(self) -> bool:
+        return (self.sys / "partition").exists()
+
+    @cached_property
+    def disk(self) -> BlockDevice:
+        """The whole disk this is a partition of, or itself."""
+        if not self.is_partition:
+            return self
+        major, minor = (_text(self.sys.parent / "dev") or "0:0").split(":")
+        return BlockDevice.of_number(int(major), int(minor))
+
+    @property
+    def size(self) -> int:
+        return _number(self.sys / "size") * SECTOR
+
+    @property
+    def start(self) -> int:
+        """Byte of the whole disk at which this begins."""
+        return _number(self.sys / "start") * SECTOR if self.is_partition else 0
+
+    @property
+    def block_size(self) -> int:
+        """Logical block: the least the device reads or writes."""
+        return self.queue_number("logical_block_size", SECTOR)
+
+    @property
+    def read_only(self) -> bool:
+        return _number(self.sys / "ro") == 1
+
+    @property
+    def request_based(self) -> bool:
+        """Driven by blk-mq requests; otherwise only bios are ever seen."""
+        return (self.disk.sys / "mq").is_dir()
+
+    @property
+    def diskseq(self) -> int:
+        """Counts up with every medium the kernel meets (since 5.15); 0 where not told."""
+        return _number(self.disk.sys / "diskseq")
+
+    def queue(self, attribute: str) -> str | None:
+        return _text(self.disk.sys / "queue" / attribute)
+
+    def queue_number(self, attribute: str, default: int = 0) -> int:
+        return _number(self.disk.sys / "queue" / attribute, default)
+
+    @property
+    def in_flight(self) -> int:
+        """Reads and writes begun and not ended, of the whole disk."""
+        return sum(int(word) for word in (_text(self.disk.sys / "inflight") or "0").split())
+
+    @property
+    def holders(self) -> list[str]:
+        """Devices stacked on this one or, for a disk, on its partitions."""
+        found = [entry.name for entry in _entries(self.sys / "holders")]
+        for part in self.partitions:
+            found += [entry.name for entry in _entries(part.sys / "holders")]
+        return sorted(set(found))
+
+    @property
+    def partitions(self) -> list[BlockDevice]:
+        if self.is_partition:
+            return []
+        found = []
+        for entry in _entries(self.sys):
+            if (entry / "partition").exists() and (text := _text(entry / "dev")):
+                major, minor = text.split(":")
+                found.append(BlockDevice.of_number(int(major), int(minor)))
+        return found
+
+    @property
+    def permanent_name(self) -> str:
+        """What the hardware or the volume manager calls it, the same after a reboot; "" if nothing.
+
+        A loop device is its backing file, a device-mapper one its uuid, others their wwid or serial.
+        """
+        disk = self.disk.sys
+        suffix = f"-part{_number(self.sys / 'partition')}" if self.is_partition else ""
+        for source in ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"):
+            if text := _text(disk / source):
+                return f"{source.rpartition('/')[2]}:{' '.join(text.split())}{suffix}"
+        if backing := _text(disk / "loop/backing_file"):
+            offset = _number(disk / "loop/offset")
+            return f"loop:{backing}{f'@{offset}' if offset else ''}{suffix}"
+        for folder in BY_NAME:
+            for entry in _entries(Path("/dev/disk") / folder):
+                if entry.resolve().name == self.name:
+                    return f"{folder}:{entry.name}"
+        return ""
+
+    @property
+    def mounts(self) -> list[Path]:
+        """Mount points, in this namespace, of this device and of a disk's partitions."""
+        numbers = {self.number, *(part.number for part in self.partitions)}
+        wanted = {f"{major}:{minor}" for major, minor in numbers}
+        found = []
+        for line in (_text(Path("/proc/self/mountinfo")) or "").splitlines():
+            fields = line.split(" ")
+            if fields[2] in wanted:
+                found.append(Path(fields[4].encode().decode("unicode_escape")))
+        return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def boot_id() -> str:
+    """A new one with every boot. `BLKTRACK_BOOT_ID` stands in for it, to test what a reboot does."""
+    return os.environ.get("BLKTRACK_BOOT_ID") or (
+        _text(Path("/proc/sys/kernel/random/boot_id")) or ""
+    )
+
+
+def loops_backed_by(path: Path) -> list[str]:
+    """Loop devices whose backing file this is, found by device and inode."""
+    try:
+        wanted = path.stat()
+    except OSError:
+        return []
+    found = []
+    for entry in _entries(SYSFS / "block"):
+        backing = _text(entry / "loop/backing_file")
+        if backing is None:
+            continue
+        try:
+            info = os.stat(backing)
+        except OSError:
+            continue
+        if (info.st_dev, info.st_ino) == (wanted.st_dev, wanted.st_ino):
+            found.append(entry.name)
+    return found

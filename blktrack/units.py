@@ -1,0 +1,55 @@
+"""Sizes, rates and durations as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from blktrack.errors import UsageError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+SECTOR = 512  # the kernel's unit in every block-layer event, whatever the device's block size
+
+_SUFFIXES = "KMGTPE"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4096`, `64K`, `64KiB`, `1.5G`: suffixes are powers of 1024. UsageError otherwise."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", hint="write a number of bytes, or 64K, 4M, 1G")
+    number, suffix = match.groups()
+    power = _SUFFIXES.index(suffix.upper()) + 1 if suffix else 0
+    value = float(number) * 1024**power if "." in number else int(number) * 1024**power
+    if value != int(value):
+        raise UsageError(f"{text!r} is not a whole number of bytes", hint="use a smaller unit")
+    return int(value)
+
+
+def format_size(count: float) -> str:
+    """`0 B`, `1.5 KiB`, `23 MiB`: three significant digits at most."""
+    if abs(count) < 1024:
+        return f"{int(count)} B"
+    for suffix in _SUFFIXES:
+        count /= 1024
+        if abs(count) < 1000 or suffix == _SUFFIXES[-1]:
+            digits = 2 if abs(count) < 10 else 1 if abs(count) < 100 else 0
+            text = f"{count:.{digits}f}"
+            return f"{text.rstrip('0').rstrip('.') if digits else text} {suffix}iB"
+    raise AssertionError("unreachable")
+
+
+def format_rate(count: float, seconds: float) -> str:
+    """Bytes per second over `seconds`."""
+    return f"{format_size(count / seconds)}/s" if seconds > 0 else "-"
+
+
+def format_duration(seconds: float) -> str:
+    """`0.25 s`, `12.3 s`, `3:05`, `2:03:05`."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
