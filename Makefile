@@ -1,0 +1,36 @@
+# Every target but help and clean first makes the environment ready: as root on a stock Debian or
+# Ubuntu nothing else has to be installed by hand. ARGS goes to the command: make test ARGS="-k bitmap".
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench soak lint clean
+
+help:  ## print this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1	\2/p' Makefile | expand -t 16
+
+setup:  ## install what blktrack needs: system packages, then .venv
+	@tools/setup.sh
+
+demo: setup  ## replicate a live file system on a loop disk (root)
+	@$(PYTHON) tools/demo.py $(ARGS)
+
+test: setup  ## run the tests; those that need more than this machine has are skipped
+	@$(PYTHON) -m pytest $(ARGS)
+
+bench: setup  ## print the benchmark table (root)
+	@$(PYTHON) tools/bench.py $(ARGS)
+
+soak: setup  ## run the tests that take long (root)
+	@$(PYTHON) -m pytest -m soak --timeout=3600 $(ARGS)
+
+lint: setup  ## check style, format and types
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m mypy
+
+clean:  ## remove .venv, caches and build output
+	@rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find blktrack tests tools -name __pycache__ -prune -exec rm -rf {} +

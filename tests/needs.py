@@ -1,0 +1,136 @@
+"""What a test needs of this machine, found out by trying it.
+
+A probe returns "" when the need is met, otherwise a reason of one clause. Each runs once a session.
+A test names its needs with `@pytest.mark.needs("root", "loop")`; conftest.py acts on what is
+missing: a skip on a laptop, a failure in CI, where a skipped test would be a hole in the proof.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+Probe = Callable[[], str]
+
+LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
+BPF_PROG_TYPE_RAW_TRACEPOINT = 17  # linux/bpf.h
+# A plain user's PATH on Debian has no sbin.
+TOOL_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def root() -> str:
+    return "" if os.geteuid() == 0 else "not root"
+
+
+def loop() -> str:
+    """A free loop device can be had. Needs root: the control device is root's."""
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"/dev/loop-control: {error.strerror}"
+    try:
+        number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+    except OSError as error:
+        return f"no free loop device: {error.strerror}"
+    finally:
+        os.close(control)
+    return "" if Path(f"/dev/loop{number}").exists() else f"/dev/loop{number} does not exist"
+
+
+def bpf() -> str:
+    """The kernel has BTF and takes a tracing program from us, and bcc is there to compile one."""
+    if reason := root():
+        return reason
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return "the kernel has no BTF (/sys/kernel/btf/vmlinux)"
+    try:
+        import bcc  # noqa: F401
+    except ImportError as error:
+        return f"bcc: {error}"
+    # libbcc links libbpf, whose probe loads a program of two instructions.
+    probe = ctypes.CDLL("libbcc.so.0", use_errno=True).libbpf_probe_bpf_prog_type
+    probe.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    if probe(BPF_PROG_TYPE_RAW_TRACEPOINT, None) != 1:
+        return "the kernel refuses to load a raw tracepoint program"
+    return ""
+
+
+def zram() -> str:
+    """A zram device can be added. Removes it again."""
+    if reason := root():
+        return reason
+    control = Path("/sys/class/zram-control")
+    if not control.exists() and not load_module("zram"):
+        return "the kernel has no zram"
+    try:
+        number = (control / "hot_add").read_text(encoding="ascii")
+        (control / "hot_remove").write_text(number, encoding="ascii")
+    except OSError as error:
+        return f"zram: {error.strerror}"
+    return ""
+
+
+def filesystem(name: str) -> str:
+    """The kernel knows the file system `name` and mkfs can make one."""
+    if reason := tool(f"mkfs.{name}"):
+        return reason
+    known = Path("/proc/filesystems").read_text(encoding="ascii").split()
+    return "" if name in known or load_module(name) else f"the kernel has no {name}"
+
+
+def tool(name: str) -> str:
+    return "" if shutil.which(name, path=TOOL_PATH) else f"no {name} in PATH"
+
+
+def load_module(name: str) -> bool:
+    modprobe = shutil.which("modprobe", path=TOOL_PATH)
+    if modprobe is None or os.geteuid() != 0:
+        return False
+    return subprocess.run([modprobe, "-q", name], check=False).returncode == 0
+
+
+PROBES: dict[str, Probe] = {
+    "root": root,
+    "loop": loop,
+    "bpf": bpf,
+    "zram": zram,
+    "ext4": functools.partial(filesystem, "ext4"),
+    "xfs": functools.partial(filesystem, "xfs"),
+    **{
+        name: functools.partial(tool, name)
+        for name in ("blktrace", "fio", "gcc", "rsync", "sfdisk", "sqlite3")
+    },
+}
+
+
+class Needs:
+    """Answers what is missing of the needs in a table of probes, asking each probe once."""
+
+    def __init__(self, probes: Mapping[str, Probe] = PROBES) -> None:
+        self._probes = probes
+        self._reasons: dict[str, str] = {}
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise ValueError where a name has no probe: a typing error must not mean 'met'."""
+        if unknown := sorted(set(names) - set(self._probes)):
+            raise ValueError(
+                f"unknown need: {', '.join(unknown)}; known are {', '.join(sorted(self._probes))}"
+            )
+
+    def missing(self, names: Iterable[str]) -> str:
+        """What is missing of `names`, "" when nothing is. Raises ValueError for unknown names."""
+        names = list(dict.fromkeys(names))
+        self.check_names(names)
+        reasons = [f"needs {name}: {reason}" for name in names if (reason := self._reason(name))]
+        return "; ".join(reasons)
+
+    def _reason(self, name: str) -> str:
+        if name not in self._reasons:
+            self._reasons[name] = self._probes[name]()
+        return self._reasons[name]

@@ -1,0 +1,113 @@
+#!/bin/bash
+# Makes a clone ready to run: Debian packages, then .venv with the Python packages and
+# .venv/bin/blktrack in it. Needs root only while Debian packages are missing. Running it again
+# changes nothing and takes a moment; two runs at once wait for each other.
+set -euo pipefail
+
+# What blktrack needs.
+runtime_packages=(
+    python3-bpfcc  # compiles the programs in the kernel; brings libbpf, which loads them
+    python3-venv   # makes .venv
+    mount          # mount, umount, losetup
+    util-linux     # fsfreeze, lsblk, wipefs
+)
+# What its demo, tests and benchmarks need on top.
+dev_packages=(
+    blktrace       # benchmark: the established block tracer, for comparison
+    e2fsprogs      # demo, tests: mkfs.ext4, fsck
+    fdisk          # tests: sfdisk makes partitions
+    fio            # tests, benchmark: load
+    gcc            # benchmark: the minimal C program that copying is measured against
+    libc6-dev      # its headers
+    rsync          # benchmark: what an incremental sync is measured against
+    sqlite3        # demo: the database that is written while it is replicated
+    xfsprogs       # tests: mkfs.xfs, xfs_repair
+)
+
+# The Python that python3-bpfcc belongs to: a python3 elsewhere in PATH cannot import bcc.
+python=/usr/bin/python3
+packages=("${runtime_packages[@]}" "${dev_packages[@]}")
+
+say() { printf 'setup: %s\n' "$*"; }
+die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+missing_packages() {
+    local package
+    local -A installed=()
+    while read -r package; do
+        installed[$package]=1
+    done < <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null |
+        sed -n 's/^installed //p')
+    for package in "${packages[@]}"; do
+        [[ -v installed[$package] ]] || printf '%s\n' "$package"
+    done
+}
+
+check_python() {
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die \
+        "$("$python" --version) is too old, blktrack needs 3.11; use Debian 12, Ubuntu 24.04 or newer."
+}
+
+install_packages() {
+    ((EUID == 0)) || die "Debian packages are missing: $*; run make setup as root, or install them."
+    command -v apt-get >/dev/null ||
+        die "Packages are missing and apt-get is not here; install the equivalents of: $*."
+    say "installing Debian packages: $*"
+    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300
+        -o Dpkg::Use-Pty=0)
+    "${apt[@]}" update || die "apt-get update failed; check the network and /etc/apt."
+    "${apt[@]}" install -y --no-install-recommends "$@" >/dev/null ||
+        die "apt-get could not install $*; its message is above."
+}
+
+# One line that changes when .venv has to be made anew or completed.
+wanted_stamp() {
+    # The scripts in .venv/bin hold the path of the clone, so a moved clone needs new ones.
+    printf '%s ' "$PWD" "$(readlink -f "$python")" "$("$python" --version)"
+    cat pyproject.toml tools/setup.sh | sha256sum
+}
+
+make_venv() {
+    say "installing Python packages into .venv"
+    # Made without the system's packages so that pip takes every dependency from PyPI, then
+    # rewritten to see them: bcc is there and nowhere else.
+    "$python" -m venv --clear .venv ||
+        die "$python could not make .venv; reinstall python3-venv, or free some space."
+    .venv/bin/python -m pip --disable-pip-version-check -qq install --editable '.[dev]' ||
+        die "pip could not install the Python packages; its message is above."
+    "$python" -m venv --system-site-packages --without-pip .venv
+}
+
+check_result() {
+    .venv/bin/python -c 'import bcc' ||
+        die "$python cannot import bcc; reinstall python3-bpfcc."
+    [[ -x .venv/bin/blktrack ]] || die "pip made no .venv/bin/blktrack; remove .venv and try again."
+}
+
+main() {
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    command -v dpkg-query >/dev/null ||
+        die "This system has no dpkg; make setup works on Debian and Ubuntu."
+    unset PYTHONHOME PYTHONPATH
+    exec 9<tools/setup.sh
+    flock 9
+
+    [[ ! -x $python ]] || check_python
+    local missing
+    mapfile -t missing < <(missing_packages)
+    ((${#missing[@]} == 0)) || install_packages "${missing[@]}" 9<&-
+    check_python
+
+    local stamp=.venv/setup.stamp wanted
+    wanted=$(wanted_stamp)
+    if [[ ! -x .venv/bin/blktrack || ! -r $stamp || $(<"$stamp") != "$wanted" ]]; then
+        make_venv 9<&-
+        check_result
+        printf '%s\n' "$wanted" >"$stamp"
+        say "done: .venv/bin/blktrack"
+    fi
+    # pip compiled what it installed, but not the clone that it points at.
+    .venv/bin/python -m compileall -q blktrack || true
+}
+
+main "$@"
