@@ -55,9 +55,9 @@ install_packages() {
     say "installing Debian packages: $*"
     local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300
         -o Dpkg::Use-Pty=0)
-    "${apt[@]}" update || die "apt-get update failed; check the network and /etc/apt."
+    "${apt[@]}" update || say "apt-get update failed, of some source perhaps; going on without."
     "${apt[@]}" install -y --no-install-recommends "$@" >/dev/null ||
-        die "apt-get could not install $*; its message is above."
+        die "apt-get could not install $*; its message above says why."
 }
 
 # One line that changes when .venv has to be made anew or completed.
@@ -74,13 +74,14 @@ make_venv() {
     "$python" -m venv --clear .venv ||
         die "$python could not make .venv; reinstall python3-venv, or free some space."
     .venv/bin/python -m pip --disable-pip-version-check -qq install --editable '.[dev]' ||
-        die "pip could not install the Python packages; its message is above."
+        die "pip could not install the Python packages; its message above says why."
     "$python" -m venv --system-site-packages --without-pip .venv
 }
 
 check_result() {
-    .venv/bin/python -c 'import bcc' ||
-        die "$python cannot import bcc; reinstall python3-bpfcc."
+    local message
+    message=$(.venv/bin/python -c 'import bcc' 2>&1) ||
+        die "$python cannot import bcc (${message##*$'\n'}); reinstall python3-bpfcc."
     [[ -x .venv/bin/blktrack ]] || die "pip made no .venv/bin/blktrack; remove .venv and try again."
 }
 
@@ -107,7 +108,7 @@ main() {
         say "done: .venv/bin/blktrack"
     fi
     # pip compiled what it installed, but not the clone that it points at.
-    .venv/bin/python -m compileall -q blktrack || true
+    .venv/bin/python -m compileall -qq blktrack || true
 }
 
 main "$@"
