@@ -1,0 +1,305 @@
+"""The two ends of a copy: a block device or a file, read and written past the page cache.
+
+A buffered read of a mounted device can return what its file system replaced long ago, so devices are
+only ever met with O_DIRECT. Files are too where their file system can; the part of a range that its
+direct I/O cannot express, or all of it, goes through a second, buffered descriptor. The two never
+meet in one page: a page is direct only if one range covers it whole.
+
+An end serves several threads at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import NoReturn, Self
+
+from blktrack import linux
+from blktrack.errors import Busy, CopyFailed
+from blktrack.extent import Extent
+
+# What a device or file system says to a way of zeroing that it does not have.
+_CANNOT = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS}
+_ZEROES = memoryview(linux.Buffer(1 << 20).view).toreadonly()
+
+_HINTS = {
+    errno.ENOSPC: "free space there, then run the command again: it goes on where it stopped",
+    errno.EDQUOT: "raise the quota there, then run the command again",
+    errno.EIO: "the medium or its connection fails: see the kernel log, then replace or check it",
+    errno.EBUSY: "end what uses it, then run the command again",
+    errno.EACCES: "run as root, and make it writable",
+    errno.EPERM: "run as root; an immutable file needs `chattr -i`, a device may be write-protected",
+    errno.EROFS: "make it writable",
+    errno.ENXIO: "the device is gone or has shrunk: connect it, then run the command again",
+    errno.ENODEV: "the device is gone: connect it, then run the command again",
+}
+
+
+class EndError(CopyFailed):
+    """One end failed at `extent`, or as a whole where it is None; `errno` says how."""
+
+    def __init__(self, path: str, doing: str, extent: Extent | None, error: OSError) -> None:
+        where = f"{path} at {extent}" if extent else path
+        super().__init__(
+            f"cannot {doing} {where}: {os.strerror(error.errno) if error.errno else error}",
+            hint=_HINTS.get(error.errno or 0, "see the kernel log"),
+        )
+        self.path = path
+        self.extent = extent
+        self.errno = error.errno or 0
+
+
+class Endpoint(ABC):
+    """Bytes 0 to `size` at `path`; direct I/O comes in multiples of `align` (1: there is none).
+
+    Ranges may be any for a file; those written to a device must be multiples of `align`. A buffer
+    must lie in memory as its range lies in its page. Errors are EndError.
+    """
+
+    def __init__(self, path: str, size: int, align: int) -> None:
+        self.path = path
+        self.size = size
+        self.align = align
+        self._zero_ways: list[Callable[[int, int], None]] = []
+
+    @abstractmethod
+    def _read(self, view: memoryview, offset: int) -> None: ...
+
+    @abstractmethod
+    def _write(self, view: memoryview, offset: int) -> None: ...
+
+    @abstractmethod
+    def _sync(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on."""
+        try:
+            self._read(view, offset)
+        except OSError as error:
+            self._fail("read", offset, len(view), error)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of some bytes, for a few of them."""
+        shift = offset % linux.PAGE
+        view = linux.Buffer(shift + length).view[shift : shift + length]
+        self.read_into(view, offset)
+        return bytes(view)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of `view` at `offset`; durable after flush()."""
+        try:
+            self._write(view, offset)
+        except OSError as error:
+            self._fail("write", offset, len(view), error)
+
+    def zero(self, start: int, length: int) -> None:
+        """Make a range read as zeroes, freeing its space if this end can; durable after flush()."""
+        ways = self._zero_ways
+        for index, way in enumerate(ways):
+            try:
+                way(start, length)
+            except OSError as error:
+                if error.errno in _CANNOT and way is not ways[-1]:
+                    continue
+                self._fail("zero", start, length, error)
+            if index:
+                self._zero_ways = ways[index:]
+            return
+
+    def _write_zeroes(self, start: int, length: int) -> None:
+        end = start + length
+        while start < end:
+            shift = start % linux.PAGE
+            piece = min(end - start, len(_ZEROES) - shift)
+            self._write(_ZEROES[shift : shift + piece], start)
+            start += piece
+
+    def flush(self) -> None:
+        """Make everything written and zeroed before this call durable."""
+        try:
+            self._sync()
+        except OSError as error:
+            raise EndError(self.path, "flush", None, error) from error
+
+    def _fail(self, doing: str, start: int, length: int, error: OSError) -> NoReturn:
+        raise EndError(self.path, doing, Extent(start, length), error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class DeviceEnd(Endpoint):
+    """A block device. Opened for writing it is claimed: the kernel then refuses to mount it."""
+
+    def __init__(self, path: str, *, writable: bool = False) -> None:
+        flags = os.O_RDWR | os.O_EXCL if writable else os.O_RDONLY
+        try:
+            self._fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            raise EndError(path, "open", None, error) from error
+        super().__init__(path, linux.device_size(self._fd), linux.block_size(self._fd))
+        self._zero_ways = [self._punch, self._zero_out, self._write_zeroes]
+
+    def _read(self, view: memoryview, offset: int) -> None:
+        if (offset | len(view)) % self.align == 0:
+            _read_all(self._fd, view, offset)
+            return
+        first = offset // self.align * self.align
+        last = -(-(offset + len(view)) // self.align) * self.align
+        whole = linux.Buffer(last - first).view[: last - first]
+        _read_all(self._fd, whole, first)
+        view[:] = whole[offset - first :][: len(view)]
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        self._check(offset, len(view))
+        _write_all(self._fd, view, offset)
+
+    def _punch(self, start: int, length: int) -> None:
+        self._check(start, length)
+        linux.punch_hole(self._fd, start, length)
+
+    def _zero_out(self, start: int, length: int) -> None:
+        linux.zero_out(self._fd, start, length)
+
+    def _check(self, start: int, length: int) -> None:
+        if (start | length) % self.align:
+            raise ValueError(f"{Extent(start, length)} is not in blocks of {self.align}")
+
+    def _sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class FileEnd(Endpoint):
+    """A regular file, locked while it is open: shared to read, alone to write (Busy if it is held)."""
+
+    def __init__(self, path: str, *, writable: bool = False) -> None:
+        mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        try:
+            self._fd = os.open(path, mode)
+        except OSError as error:
+            raise EndError(path, "open", None, error) from error
+        try:
+            fcntl.flock(self._fd, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._fd)
+            raise Busy(f"{path} is held by another run", hint="wait for it to end") from error
+        self._direct, align = _open_direct(path, self._fd, mode)
+        super().__init__(path, os.fstat(self._fd).st_size, align)
+        self._zero_ways = [self._punch, self._write_zeroes]
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def resize(self, size: int) -> None:
+        """Grow with a hole, or cut; durable on return."""
+        try:
+            os.ftruncate(self._fd, size)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise EndError(self.path, "resize", None, error) from error
+        self.size = size
+
+    def _read(self, view: memoryview, offset: int) -> None:
+        self._each(_read_all, view, offset)
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        self._each(_write_all, view, offset)
+
+    def _each(
+        self, move: Callable[[int, memoryview, int], None], view: memoryview, offset: int
+    ) -> None:
+        for direct, start, end in self._parts(offset, offset + len(view)):
+            part = view[start - offset : end - offset]
+            if direct:
+                try:
+                    move(self._direct, part, start)
+                    continue
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self.align = 1  # the file system took O_DIRECT at open, but not for this
+            move(self._fd, part, start)
+
+    def _parts(self, start: int, end: int) -> Iterator[tuple[bool, int, int]]:
+        """(direct, start, end) of the head, whole units and tail of a range."""
+        align = self.align
+        first, last = -(-start // align) * align, end // align * align
+        if align == 1 or first >= last:
+            yield False, start, end
+            return
+        if start < first:
+            yield False, start, first
+        yield True, first, last
+        if last < end:
+            yield False, last, end
+
+    def _punch(self, start: int, length: int) -> None:
+        linux.punch_hole(self._fd, start, length)
+
+    def _sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        for fd in (self._direct, self._fd):
+            if fd >= 0:
+                os.close(fd)
+        self._direct = self._fd = -1
+
+
+def _open_direct(path: str, fd: int, mode: int) -> tuple[int, int]:
+    """A second descriptor for direct I/O and its unit; (-1, 1) if the file system has none."""
+    align = linux.direct_align(fd)
+    if align == 0:
+        return -1, 1
+    with contextlib.suppress(OSError):
+        # Through /proc the very same file is opened, whatever its name means by now.
+        return os.open(f"/proc/self/fd/{fd}", mode | os.O_DIRECT), max(align or 0, linux.PAGE)
+    return -1, 1
+
+
+def open_end(path: str, *, writable: bool = False) -> Endpoint:
+    """The end at `path`, a device or a file."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise EndError(path, "open", None, error) from error
+    if stat.S_ISBLK(mode):
+        return DeviceEnd(path, writable=writable)
+    return FileEnd(path, writable=writable)
+
+
+def _read_all(fd: int, view: memoryview, offset: int) -> None:
+    done = os.preadv(fd, [view], offset)
+    while done < len(view):
+        more = os.preadv(fd, [view[done:]], offset + done)
+        if more == 0:
+            raise OSError(errno.ENXIO, "the end came early")
+        done += more
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    done = os.pwritev(fd, [view], offset)
+    while done < len(view):
+        done += os.pwritev(fd, [view[done:]], offset + done)
