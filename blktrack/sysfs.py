@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from blktrack.errors import UsageError
 from blktrack.units import SECTOR
@@ -155,12 +157,7 @@ class BlockDevice:
         """Mount points, in this namespace, of this device and of a disk's partitions."""
         numbers = {self.number, *(part.number for part in self.partitions)}
         wanted = {f"{major}:{minor}" for major, minor in numbers}
-        found = []
-        for line in (_text(Path("/proc/self/mountinfo")) or "").splitlines():
-            fields = line.split(" ")
-            if fields[2] in wanted:
-                found.append(Path(fields[4].encode().decode("unicode_escape")))
-        return found
+        return [mount.point for mount in mounts() if mount.number in wanted]
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -168,6 +165,27 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
+
+
+class Mount(NamedTuple):
+    number: str  # "major:minor" of what is mounted
+    point: Path
+    kind: str  # "ext4"
+
+
+def mounts() -> list[Mount]:
+    """This namespace's mounts, in the order they were made (proc_pid_mountinfo(5))."""
+    found = []
+    for line in (_text(Path("/proc/self/mountinfo")) or "").splitlines():
+        fields = line.split(" ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4]))
+        found.append(Mount(fields[2], point, fields[fields.index("-") + 1]))
+    return found
+
+
+def filesystem_at(point: Path) -> str:
+    """Kind of the file system mounted exactly there; "" if none is."""
+    return next((mount.kind for mount in reversed(mounts()) if mount.point == point), "")
 
 
 def boot_id() -> str:

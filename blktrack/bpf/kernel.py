@@ -1,0 +1,339 @@
+"""The programs and maps of one blktrack instance, pinned in bpffs so that they outlive processes.
+
+    PINS/windows planes stats inflight     the shared maps
+    PINS/link_NAME                         an attached program each
+    PINS/slot_N_a, slot_N_b                the two inner maps of the device in slot N
+
+Made in this order, undone in reverse: maps, then programs, then a slot. A death in between leaves
+less than a whole; `open` then reports what is missing and `install` makes it anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import mmap
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blktrack import sysfs
+from blktrack.bpf import abi, compile, layout, libbpf
+from blktrack.bpf.btf import Btf
+from blktrack.bpf.planes import Geometry, Planes, possible_cpus, read_stats
+from blktrack.errors import BlktrackError
+from blktrack.units import SECTOR
+
+BY_KIND = {
+    abi.KIND_REQUEST: ("blk_rq_issue", "blk_rq_complete"),
+    abi.KIND_BIO: ("blk_bio_queue", "blk_bio_complete"),
+}
+_MAPS = ("windows", "planes", "stats", "inflight")
+
+
+class Detached(BlktrackError):
+    """Something that tracking needs is no longer in the kernel or no longer pinned."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a slot tracks. Bytes, counted on the whole disk."""
+
+    disk: int  # abi.disk_number
+    kind: int
+    start: int
+    length: int
+    granularity: int
+    whole: bool
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(-(-self.length // self.granularity))
+
+
+@dataclass(frozen=True)
+class Program:
+    """An attached program's numbers, from the kernel's own accounting."""
+
+    link_id: int
+    missed: int  # runs skipped because it was running on that CPU already
+    runs: int  # counted while kernel.bpf_stats_enabled is on
+    run_ns: int
+
+
+def _key(number: int) -> bytes:
+    return ct.c_uint32(number).value.to_bytes(4, "little")
+
+
+class Kernel:
+    """Open pins. Detached if they are not all there or come from other program text."""
+
+    def __init__(self, pins: Path) -> None:
+        self.pins = pins
+        self._fds: dict[str, int] = {}
+        try:
+            for name in _MAPS:
+                self._fds[name] = libbpf.open_pin(pins / name)
+        except OSError as error:
+            self.close()
+            raise Detached(f"the tracking maps are gone from {pins} ({error.strerror})") from error
+        self._memory = mmap.mmap(self._fds["windows"], abi.WINDOWS.itemsize)
+        self._windows: NDArray[Any] = np.frombuffer(self._memory, dtype=abi.WINDOWS)
+
+    @classmethod
+    def install(cls, pins: Path, kind: int) -> Self:
+        """Attach the programs for `kind` of device, making maps and pins as needed."""
+        mount_bpffs(pins.parent)
+        pins.mkdir(mode=0o700, exist_ok=True)
+        # Kernels before 5.11 charged maps to this limit; raising it is harmless later.
+        with contextlib.suppress(OSError, ValueError):
+            endless = resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (endless, endless))
+        if not all((pins / name).exists() for name in _MAPS):
+            remove(pins)
+            pins.mkdir(mode=0o700, exist_ok=True)
+            _create_maps(pins)
+        kernel = cls(pins)
+        missing = [name for name in BY_KIND[kind] if not (pins / f"link_{name}").exists()]
+        if missing:
+            try:
+                kernel._attach(BY_KIND[kind])
+            except BaseException:
+                kernel.close()
+                raise
+        return kernel
+
+    def _attach(self, names: tuple[str, ...]) -> None:
+        """Load all, then attach completions before submissions: a change seen to begin is seen to end."""
+        btf = Btf()
+        links: dict[str, int] = {}
+        programs: dict[str, int] = {}
+        try:
+            facts = layout.constants(btf)
+            code = compile.compile_programs(compile.source(facts, self._fds))
+            for name in names:
+                target = btf.tracepoint(layout.PROGRAMS[name])
+                programs[name] = libbpf.load_program(name, code[name], target)
+            for name in reversed(names):
+                links[name] = libbpf.attach(programs[name])
+            for name in names:
+                path = self.pins / f"link_{name}"
+                path.unlink(missing_ok=True)
+                libbpf.pin(links[name], path)
+        except (OSError, ValueError) as error:
+            raise BlktrackError(
+                f"the kernel refused a tracking program: {error}", hint="run blktrack doctor"
+            ) from error
+        finally:
+            btf.close()
+            for fd in (*links.values(), *programs.values()):
+                os.close(fd)
+
+    def programs(self, kind: int) -> dict[str, Program]:
+        """The attached programs for a kind of device. Detached if a pin is missing."""
+        found = {}
+        for name in BY_KIND[kind]:
+            try:
+                link = libbpf.open_pin(self.pins / f"link_{name}")
+            except OSError as error:
+                raise Detached(f"program {name} is no longer pinned") from error
+            try:
+                link_info = libbpf.info(link, libbpf.LinkInfo)
+                program = libbpf.program_by_id(link_info.prog_id)
+            finally:
+                os.close(link)
+            try:
+                info = libbpf.info(program, libbpf.ProgramInfo)
+            finally:
+                os.close(program)
+            found[name] = Program(
+                link_info.id, info.recursion_misses, info.run_cnt, info.run_time_ns
+            )
+        return found
+
+    def window(self, slot: int) -> Window | None:
+        """What a slot tracks now; None if it is free."""
+        for kind in BY_KIND:
+            if disk := int(self._windows["dev"][0, kind, slot]):
+                entry = self._windows["window"][0, slot]
+                start, end = int(entry["start"]) * SECTOR, int(entry["end"]) * SECTOR
+                granularity = SECTOR << int(entry["shift"])
+                return Window(disk, kind, start, end - start, granularity, bool(entry["whole"]))
+        return None
+
+    def slots(self, disk: int, start: int) -> list[int]:
+        """Slots whose window begins there: one at most, unless a death left another behind."""
+        found = ((slot, self.window(slot)) for slot in range(abi.SLOTS))
+        return [slot for slot, w in found if w and (w.disk, w.start) == (disk, start)]
+
+    def add(self, window: Window) -> int:
+        """Give a device a slot with two empty inner maps and zero counters, active at once."""
+        free = next((slot for slot in range(abi.SLOTS) if self.window(slot) is None), None)
+        if free is None:
+            raise BlktrackError(
+                f"{abi.SLOTS} devices are tracked already", hint="untrack one that is not needed"
+            )
+        geometry = window.geometry
+        fds = []
+        try:
+            for letter in "ab":
+                (self.pins / f"slot_{free}_{letter}").unlink(missing_ok=True)
+                fds.append(create_inner(geometry))
+                libbpf.pin(fds[-1], self.pins / f"slot_{free}_{letter}")
+            libbpf.update(self._fds["planes"], _key(free), _key(fds[0]))
+        except OSError as error:
+            raise BlktrackError(
+                f"no kernel memory for the dirty maps ({2 * geometry.map_bytes} bytes): "
+                f"{error.strerror}",
+                hint="choose a larger --granularity",
+            ) from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+        cpus = possible_cpus()
+        libbpf.update(self._fds["stats"], _key(free), bytes(cpus * abi.STATS.itemsize))
+        entry = self._windows["window"][0]
+        entry[free]["start"] = window.start // SECTOR
+        entry[free]["end"] = (window.start + window.length) // SECTOR
+        entry[free]["shift"] = (window.granularity // SECTOR).bit_length() - 1
+        entry[free]["whole"] = window.whole
+        entry[free]["level"] = geometry.offsets
+        entry[free]["plane_words"] = geometry.plane_words
+        self._windows["dev"][0, window.kind, free] = window.disk
+        self._relink()
+        return free
+
+    def remove(self, slot: int) -> None:
+        """Free a slot; the last one of its kind takes the programs with it."""
+        self._windows["dev"][0, :, slot] = 0
+        self._relink()
+        libbpf.delete(self._fds["planes"], _key(slot))  # waits for running programs
+        for letter in "ab":
+            (self.pins / f"slot_{slot}_{letter}").unlink(missing_ok=True)
+        for kind, names in BY_KIND.items():
+            if not self._windows["dev"][0, kind].any():
+                for name in names:
+                    (self.pins / f"link_{name}").unlink(missing_ok=True)
+        if not self._windows["dev"].any():
+            remove(self.pins)
+
+    def _relink(self) -> None:
+        """Chain the slots of each disk and bound the programs' search."""
+        devices = self._windows["dev"][0]
+        entry = self._windows["window"][0]
+        for kind in BY_KIND:
+            used = np.flatnonzero(devices[kind])
+            for slot in used.tolist():
+                same = [s for s in used.tolist() if devices[kind][s] == devices[kind][slot]]
+                after = [s for s in same if s > slot]
+                entry[slot]["next"] = after[0] if after else abi.SLOTS
+                entry[slot]["first"] = same[0]
+            self._windows["count"][0, kind] = used[-1] + 1 if len(used) else 0
+
+    def planes(self, slot: int, geometry: Geometry) -> tuple[Planes, Planes]:
+        """The active and the retired inner map of a slot."""
+        both = []
+        try:
+            for letter in "ab":
+                fd = libbpf.open_pin(self.pins / f"slot_{slot}_{letter}")
+                self._fds[f"slot_{slot}_{letter}"] = fd
+                both.append(Planes(fd, geometry))
+        except (OSError, ValueError) as error:
+            raise Detached(f"the dirty maps of slot {slot} are no longer pinned") from error
+        raw = libbpf.lookup(self._fds["planes"], _key(slot), 4)
+        active = int.from_bytes(raw, "little") if raw else 0
+        if active not in (both[0].id, both[1].id):
+            raise Detached(f"slot {slot} has another dirty map than the pinned ones")
+        return (both[0], both[1]) if active == both[0].id else (both[1], both[0])
+
+    def swap(self, slot: int, retired: Planes) -> None:
+        """Make the (clear) retired map active. On return no program touches the other any more."""
+        libbpf.update(self._fds["planes"], _key(slot), _key(retired.fd))
+
+    def stats(self, slot: int) -> dict[str, int]:
+        return read_stats(self._fds["stats"], slot)
+
+    def in_flight(self, disk: int) -> list[tuple[int, int]]:
+        """Bios of a bio-based disk between queue and completion, as (address, first byte)."""
+        found = []
+        for key in libbpf.keys(self._fds["inflight"], 8):
+            raw = libbpf.lookup(self._fds["inflight"], key, abi.BIO.itemsize)
+            if raw is None:
+                continue
+            entry = np.frombuffer(raw, dtype=abi.BIO)[0]
+            if entry["dev"] == disk:
+                found.append((int.from_bytes(key, "little"), int(entry["sector"]) * SECTOR))
+        return found
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def create_inner(geometry: Geometry) -> int:
+    flags = libbpf.F_MMAPABLE | libbpf.F_INNER_MAP
+    return libbpf.create_map(
+        libbpf.MAP_ARRAY, "blktrack_planes", 4, 8, 2 * geometry.plane_words, flags=flags
+    )
+
+
+def _create_maps(pins: Path) -> None:
+    template = create_inner(Geometry(1))
+    fds = {}
+    try:
+        fds["windows"] = libbpf.create_map(
+            libbpf.MAP_ARRAY, "blktrack_windows", 4, abi.WINDOWS.itemsize, 1, flags=libbpf.F_MMAPABLE
+        )
+        fds["planes"] = libbpf.create_map(
+            libbpf.MAP_ARRAY_OF_MAPS, "blktrack_planes", 4, 4, abi.SLOTS, inner=template
+        )
+        fds["stats"] = libbpf.create_map(
+            libbpf.MAP_PERCPU_ARRAY, "blktrack_stats", 4, abi.STATS.itemsize, abi.SLOTS
+        )
+        fds["inflight"] = libbpf.create_map(
+            libbpf.MAP_HASH, "blktrack_bios", 8, abi.BIO.itemsize, abi.INFLIGHT
+        )
+        for name in _MAPS:
+            libbpf.pin(fds[name], pins / name)
+    except OSError as error:
+        raise BlktrackError(
+            f"cannot make the tracking maps: {error}", hint="run blktrack doctor"
+        ) from error
+    finally:
+        for fd in (*fds.values(), template):
+            os.close(fd)
+
+
+def mount_bpffs(where: Path) -> None:
+    """Mount bpffs where pins go, if it is not."""
+    if sysfs.filesystem_at(where) == "bpf":
+        return
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        libbpf.mount("bpf", where)
+    except OSError as error:
+        raise BlktrackError(
+            f"cannot mount bpffs on {where}: {error.strerror}",
+            hint=f"run as root: mount -t bpf bpf {where}",
+        ) from error
+
+
+def remove(pins: Path) -> None:
+    """Unpin everything: programs first, so that none runs on half a set of maps."""
+    if not pins.is_dir():
+        return
+    for path in sorted(pins.iterdir(), key=lambda p: not p.name.startswith("link_")):
+        path.unlink(missing_ok=True)
+    pins.rmdir()

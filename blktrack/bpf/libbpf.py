@@ -1,0 +1,258 @@
+"""The few functions of libbpf that blktrack calls, typed. Failures are OSError with errno set.
+
+bcc depends on libbpf, so wherever bcc is installed this is too; loading it alone takes a millisecond,
+where importing bcc (and LLVM with it) takes fifty.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# enum bpf_map_type, bpf_prog_type, bpf_attach_type, flags: include/uapi/linux/bpf.h, stable ABI
+MAP_HASH, MAP_ARRAY, MAP_PERCPU_ARRAY, MAP_ARRAY_OF_MAPS = 1, 2, 6, 12
+PROG_TYPE_TRACING, TRACE_RAW_TP = 26, 23
+F_MMAPABLE, F_INNER_MAP = 1 << 10, 1 << 12
+ANY, NOEXIST = 0, 1
+
+SONAME = "libbpf.so.1"
+
+
+class MapOptions(ct.Structure):
+    """struct bpf_map_create_opts"""
+
+    _fields_ = (
+        ("sz", ct.c_size_t),
+        ("btf_fd", ct.c_uint32),
+        ("btf_key_type_id", ct.c_uint32),
+        ("btf_value_type_id", ct.c_uint32),
+        ("btf_vmlinux_value_type_id", ct.c_uint32),
+        ("inner_map_fd", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("map_extra", ct.c_uint64),
+        ("numa_node", ct.c_uint32),
+        ("map_ifindex", ct.c_uint32),
+    )
+
+
+class ProgramOptions(ct.Structure):
+    """struct bpf_prog_load_opts"""
+
+    _fields_ = (
+        ("sz", ct.c_size_t),
+        ("attempts", ct.c_int),
+        ("expected_attach_type", ct.c_int),
+        ("prog_btf_fd", ct.c_uint32),
+        ("prog_flags", ct.c_uint32),
+        ("prog_ifindex", ct.c_uint32),
+        ("kern_version", ct.c_uint32),
+        ("attach_btf_id", ct.c_uint32),
+        ("attach_prog_fd", ct.c_uint32),
+        ("attach_btf_obj_fd", ct.c_uint32),
+        ("fd_array", ct.c_void_p),
+        ("func_info", ct.c_void_p),
+        ("func_info_cnt", ct.c_uint32),
+        ("func_info_rec_size", ct.c_uint32),
+        ("line_info", ct.c_void_p),
+        ("line_info_cnt", ct.c_uint32),
+        ("line_info_rec_size", ct.c_uint32),
+        ("log_level", ct.c_uint32),
+        ("log_size", ct.c_uint32),
+        ("log_buf", ct.c_char_p),
+    )
+
+
+class ProgramInfo(ct.Structure):
+    """struct bpf_prog_info; `recursion_misses` since Linux 5.12 (9ed9e9ba2337)"""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("tag", ct.c_uint8 * 8),
+        ("jited_prog_len", ct.c_uint32),
+        ("xlated_prog_len", ct.c_uint32),
+        ("jited_prog_insns", ct.c_uint64),
+        ("xlated_prog_insns", ct.c_uint64),
+        ("load_time", ct.c_uint64),
+        ("created_by_uid", ct.c_uint32),
+        ("nr_map_ids", ct.c_uint32),
+        ("map_ids", ct.c_uint64),
+        ("name", ct.c_char * 16),
+        ("ifindex", ct.c_uint32),
+        ("gpl_compatible", ct.c_uint32),
+        ("netns_dev", ct.c_uint64),
+        ("netns_ino", ct.c_uint64),
+        ("nr_jited_ksyms", ct.c_uint32),
+        ("nr_jited_func_lens", ct.c_uint32),
+        ("jited_ksyms", ct.c_uint64),
+        ("jited_func_lens", ct.c_uint64),
+        ("btf_id", ct.c_uint32),
+        ("func_info_rec_size", ct.c_uint32),
+        ("func_info", ct.c_uint64),
+        ("nr_func_info", ct.c_uint32),
+        ("nr_line_info", ct.c_uint32),
+        ("line_info", ct.c_uint64),
+        ("jited_line_info", ct.c_uint64),
+        ("nr_jited_line_info", ct.c_uint32),
+        ("line_info_rec_size", ct.c_uint32),
+        ("jited_line_info_rec_size", ct.c_uint32),
+        ("nr_prog_tags", ct.c_uint32),
+        ("prog_tags", ct.c_uint64),
+        ("run_time_ns", ct.c_uint64),
+        ("run_cnt", ct.c_uint64),
+        ("recursion_misses", ct.c_uint64),
+        ("verified_insns", ct.c_uint32),
+        ("attach_btf_obj_id", ct.c_uint32),
+        ("attach_btf_id", ct.c_uint32),
+    )
+
+
+class LinkInfo(ct.Structure):
+    """The head of struct bpf_link_info"""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("prog_id", ct.c_uint32),
+        ("rest", ct.c_uint8 * 256),
+    )
+
+
+class MapInfo(ct.Structure):
+    """The head of struct bpf_map_info"""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("key_size", ct.c_uint32),
+        ("value_size", ct.c_uint32),
+        ("max_entries", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("rest", ct.c_uint8 * 256),
+    )
+
+
+@functools.cache
+def library() -> ct.CDLL:
+    """OSError where libbpf is not installed."""
+    lib = ct.CDLL(SONAME, use_errno=True)
+    lib.libbpf_set_print(None)  # its messages would go to standard error
+    return lib
+
+
+def call(name: str, *arguments: Any) -> int:
+    """Call a function that returns a negative errno on failure."""
+    result = int(getattr(library(), name)(*arguments))
+    if result < 0:
+        code = ct.get_errno() or -result
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+    return result
+
+
+def create_map(
+    kind: int, name: str, key: int, value: int, entries: int, *, flags: int = 0, inner: int = 0
+) -> int:
+    options = MapOptions(sz=ct.sizeof(MapOptions), map_flags=flags, inner_map_fd=inner)
+    return call("bpf_map_create", kind, name.encode(), key, value, entries, ct.byref(options))
+
+
+def lookup(fd: int, key: bytes, size: int) -> bytes | None:
+    """The value of a key; for a map of maps the inner map's id. None if there is none."""
+    value = ct.create_string_buffer(size)
+    try:
+        call("bpf_map_lookup_elem", fd, key, value)
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def update(fd: int, key: bytes, value: bytes, flags: int = ANY) -> None:
+    call("bpf_map_update_elem", fd, key, value, ct.c_uint64(flags))
+
+
+def delete(fd: int, key: bytes) -> None:
+    """Deleting what is not there is not an error."""
+    try:
+        call("bpf_map_delete_elem", fd, key)
+    except FileNotFoundError:
+        return
+
+
+def keys(fd: int, size: int) -> Iterator[bytes]:
+    """Keys of a hash; ones added or deleted meanwhile may be missed or met twice."""
+    key: bytes | None = None
+    following = ct.create_string_buffer(size)
+    while True:
+        try:
+            call("bpf_map_get_next_key", fd, key, following)
+        except FileNotFoundError:
+            return
+        key = following.raw
+        yield key
+
+
+def load_program(name: str, code: bytes, target: int) -> int:
+    """Load a typed raw tracepoint program; `target` is the BTF id of its `btf_trace_*` typedef.
+
+    ValueError with the end of the verifier's log when the kernel refuses it.
+    """
+    log = ct.create_string_buffer(1 << 20)
+    options = ProgramOptions(
+        sz=ct.sizeof(ProgramOptions),
+        expected_attach_type=TRACE_RAW_TP,
+        attach_btf_id=target,
+        log_size=len(log),
+        log_buf=ct.cast(log, ct.c_char_p),
+    )
+    try:
+        return call(
+            "bpf_prog_load",
+            PROG_TYPE_TRACING,
+            name.encode()[:15],
+            b"Dual BSD/GPL",
+            code,
+            ct.c_size_t(len(code) // 8),
+            ct.byref(options),
+        )
+    except OSError as error:
+        if not log.value:
+            raise
+        tail = log.value.decode(errors="replace").strip().splitlines()[-12:]
+        raise ValueError(f"{name}: {error.strerror}\n" + "\n".join(tail)) from error
+
+
+def attach(program: int) -> int:
+    """A link that keeps the program attached while it is open or pinned."""
+    return call("bpf_raw_tracepoint_open", None, program)
+
+
+def pin(fd: int, path: Path) -> None:
+    call("bpf_obj_pin", fd, str(path).encode())
+
+
+def open_pin(path: Path) -> int:
+    """FileNotFoundError if nothing is pinned there."""
+    return call("bpf_obj_get", str(path).encode())
+
+
+def program_by_id(number: int) -> int:
+    return call("bpf_prog_get_fd_by_id", ct.c_uint32(number))
+
+
+def info(fd: int, kind: type[ct.Structure]) -> Any:
+    """ProgramInfo, LinkInfo or MapInfo of an open object."""
+    value = kind()
+    size = ct.c_uint32(ct.sizeof(kind))
+    call("bpf_obj_get_info_by_fd", fd, ct.byref(value), ct.byref(size))
+    return value
+
+
+def mount(kind: str, where: Path) -> None:
+    """mount(2) of a file system without a device."""
+    libc = ct.CDLL(None, use_errno=True)
+    if libc.mount(kind.encode(), str(where).encode(), kind.encode(), ct.c_ulong(0), None):
+        raise OSError(ct.get_errno(), os.strerror(ct.get_errno()))

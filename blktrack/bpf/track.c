@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+/*
+ * The four programs. Request-based disks are followed through requests: issue comes before the driver
+ * sees the change, completion before the submitter hears of it. Bio-based ones (device-mapper, md,
+ * zram) show only bios, and a completed bio no longer tells its range once it was split, so the range
+ * is remembered from queue to completion by bio pointer.
+ *
+ * Maps, all made and pinned by user space:
+ *   windows   array of one   written by user space only
+ *   planes    array of maps  swapped by user space; bits set here, cleared by user space once retired
+ *   stats     per-CPU array  counted here
+ *   inflight  hash           written here, by the bio programs only
+ */
+#include "track.h"
+
+/*
+ * Discards of several ranges are one request whose first sector and summed length name no range
+ * (blk_attempt_req_merge, ELEVATOR_DISCARD_MERGE): walk its bios. All pairs of a bio and a slot are
+ * walked by one loop, which keeps the program short for the verifier.
+ */
+INLINE struct range bio_range(void *bio)
+{
+	return (struct range){ FIELD(u64, bio, BIO_SECTOR), FIELD(u32, bio, BIO_SIZE) >> 9 };
+}
+
+INLINE void mark_ranges(struct windows *ws, u32 number, u32 plane, void *bio)
+{
+	u32 slot = SLOTS;
+
+	/* Slot numbers from memory, not from the loop: to the verifier they are then all alike. */
+	FOR_EACH_SLOT(ws, KIND_REQUEST, number, s) {
+		slot = ws->window[s].first;
+		break;
+	}
+	for (int i = 0; i < MAX_RANGES && slot < SLOTS; i++) {
+		struct window *w = &ws->window[slot];
+
+		if (!bio)
+			return;
+		mark(ws, slot, plane, bio_range(bio));
+		slot = w->next;
+		if (slot >= SLOTS) {
+			slot = w->first;
+			bio = FIELD(void *, bio, BIO_NEXT);
+		}
+	}
+	if (bio && slot < SLOTS)
+		COUNT_LOSS(slot, overflow);
+}
+
+INLINE void mark_request(void *rq, u32 plane, volatile u32 *bytes)
+{
+	struct windows *ws = VALUE(FD_WINDOWS);
+	u32 op = OP(FIELD(u32, rq, RQ_CMD_FLAGS));
+	void *bio;
+	u32 number;
+
+	if (HARMLESS(op))
+		return;
+	number = disk_number(RQ_DISK(rq));
+	if (!number)
+		return; /* a queue without a disk: NVMe admin commands, a SCSI host's own */
+	if (!CHANGES(op)) {
+		if (plane == SUBMITTED && !(op == REQ_OP_DRV_IN && *bytes))
+			count_opaque(ws, KIND_REQUEST, number);
+		return;
+	}
+	bio = FIELD(void *, rq, RQ_BIO);
+	if (op == REQ_OP_DISCARD && bio != FIELD(void *, rq, RQ_BIOTAIL))
+		mark_ranges(ws, number, plane, bio);
+	else
+		FOR_EACH_SLOT(ws, KIND_REQUEST, number, slot)
+			mark(ws, slot, plane, (struct range){ FIELD(u64, rq, RQ_SECTOR), *bytes >> 9 });
+}
+
+int blk_rq_issue(u64 *ctx)
+{
+	void *rq = (void *)ctx[RQ_ISSUE_ARG];
+
+	mark_request(rq, SUBMITTED, &FIELD(u32, rq, RQ_DATA_LEN));
+	return 0;
+}
+
+/* Traced before each part of a request is advanced over (blk_update_request): sector and byte count
+ * name that part. A failed one may have reached the medium in part and counts as well. */
+int blk_rq_complete(u64 *ctx)
+{
+	mark_request((void *)ctx[RQ_COMPLETE_ARG], COMPLETED, (volatile u32 *)&ctx[RQ_COMPLETE_BYTES_ARG]);
+	return 0;
+}
+
+int blk_bio_queue(u64 *ctx)
+{
+	struct windows *ws = VALUE(FD_WINDOWS);
+	void *bio = (void *)ctx[BIO_QUEUE_ARG];
+	u32 op = OP(FIELD(u32, bio, BIO_OPF));
+	u32 bytes = FIELD(u32, bio, BIO_SIZE);
+	struct bio_range entry = {};
+	u64 key = (u64)bio;
+	bool tracked = false;
+	long error;
+
+	if (HARMLESS(op))
+		return 0;
+	entry.sector = FIELD(u64, bio, BIO_SECTOR);
+	entry.bytes = bytes;
+	entry.op = op;
+	entry.dev = disk_number(BIO_DISK(bio));
+	if (!entry.dev)
+		return 0;
+	if (!CHANGES(op)) {
+		count_opaque(ws, KIND_BIO, entry.dev);
+		return 0;
+	}
+	if (!bytes)
+		return 0;
+
+	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot) {
+		mark(ws, slot, SUBMITTED, bio_range(bio));
+		tracked = true;
+	}
+	if (!tracked)
+		return 0;
+
+	error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_NOEXIST);
+	if (!error)
+		return 0;
+	if (error == -EEXIST) {
+		/* The bio that had this address before was never seen to complete. */
+		struct bio_range *old = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
+		u32 number = old ? old->dev : entry.dev;
+
+		FOR_EACH_SLOT(ws, KIND_BIO, number, slot)
+			COUNT_LOSS(slot, stale);
+		error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_ANY);
+	}
+	if (error)
+		FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
+			COUNT_LOSS(slot, full);
+	return 0;
+}
+
+int blk_bio_complete(u64 *ctx)
+{
+	struct windows *ws = VALUE(FD_WINDOWS);
+	void *bio = (void *)ctx[BIO_COMPLETE_ARG];
+	u64 key = (u64)bio;
+	volatile struct bio_range *found = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
+	bool stale;
+	u32 number;
+
+	if (!found)
+		return 0;
+	/* Another device or operation: the address was used again, the completion meant was missed. */
+	number = found->dev;
+	stale = found->op != OP(FIELD(u32, bio, BIO_OPF)) || number != disk_number(BIO_DISK(bio));
+	FOR_EACH_SLOT(ws, KIND_BIO, number, slot) {
+		mark(ws, slot, COMPLETED, (struct range){ found->sector, found->bytes >> 9 });
+		if (stale)
+			COUNT_LOSS(slot, stale);
+	}
+	bpf_map_delete_elem(MAP(FD_INFLIGHT), &key);
+	return 0;
+}
