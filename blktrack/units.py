@@ -12,20 +12,20 @@ GIB = 1 << 30
 SECTOR = 512  # the kernel's unit in every block-layer event, whatever the device's block size
 
 _SUFFIXES = "KMGTPE"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `4096`, `64K`, `64KiB`, `1.5G`: suffixes are powers of 1024. UsageError otherwise."""
+    """Bytes of `4096`, `64K`, `64KiB`, `1.5G`: suffixes are powers of 1024. Else UsageError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not a size", hint="write a number of bytes, or 64K, 4M, 1G")
-    number, suffix = match.groups()
+    whole, fraction, suffix = match.groups(default="")
     power = _SUFFIXES.index(suffix.upper()) + 1 if suffix else 0
-    value = float(number) * 1024**power if "." in number else int(number) * 1024**power
-    if value != int(value):
+    count, rest = divmod(int(whole + fraction) << 10 * power, 10 ** len(fraction))
+    if rest:
         raise UsageError(f"{text!r} is not a whole number of bytes", hint="use a smaller unit")
-    return int(value)
+    return count
 
 
 def format_size(count: float) -> str:
@@ -34,7 +34,7 @@ def format_size(count: float) -> str:
         return f"{int(count)} B"
     for suffix in _SUFFIXES:
         count /= 1024
-        if abs(count) < 1000 or suffix == _SUFFIXES[-1]:
+        if abs(count) < 999.5 or suffix == _SUFFIXES[-1]:
             digits = 2 if abs(count) < 10 else 1 if abs(count) < 100 else 0
             text = f"{count:.{digits}f}"
             return f"{text.rstrip('0').rstrip('.') if digits else text} {suffix}iB"
