@@ -22,7 +22,8 @@ def parse_size(text: str) -> int:
         raise UsageError(f"{text!r} is not a size", hint="write a number of bytes, or 64K, 4M, 1G")
     whole, fraction, suffix = match.groups(default="")
     power = _SUFFIXES.index(suffix.upper()) + 1 if suffix else 0
-    count, rest = divmod(int(whole + fraction) << 10 * power, 10 ** len(fraction))
+    scale: int = 10 ** len(fraction)
+    count, rest = divmod(int(whole + fraction) << 10 * power, scale)
     if rest:
         raise UsageError(f"{text!r} is not a whole number of bytes", hint="use a smaller unit")
     return count
