@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from blktrack.extent import ExtentArray, empty
 
 Words = NDArray[np.uint64]
+Indices = NDArray[np.int64]
 BITS = 64
 ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
@@ -28,7 +29,7 @@ def granules_for(size: int, granularity: int) -> int:
     return -(-size // granularity)
 
 
-def nonzero(words: Words) -> NDArray[np.int64]:
+def nonzero(words: Words) -> Indices:
     """Indices of the words that are not zero."""
     found = [
         np.flatnonzero(part) + start
@@ -42,26 +43,17 @@ def any_set(words: Words) -> bool:
     return any(words[i : i + _SLICE].any() for i in range(0, len(words), _SLICE))
 
 
-def count(words: Words) -> int:
-    """Bits set."""
-    found = words[nonzero(words)]
+def count(words: Words, index: Indices | None = None) -> int:
+    """Bits set. Here and below `index`, if given, holds the numbers of the words that are set."""
+    found = words[nonzero(words) if index is None else index]
     return int(np.unpackbits(found.view(np.uint8)).sum(dtype=np.int64)) if len(found) else 0
 
 
-def or_into(target: Words, source: Words) -> bool:
-    """Add the bits of `source` to `target`; only words that are set are written. True if any was."""
-    index = nonzero(source)
-    if len(index):
-        target[index] |= source[index]
-    return len(index) > 0
-
-
-def clear(words: Words) -> None:
-    """Zero the words that are set; pages that hold none are not written."""
-    for start in range(0, len(words), _SLICE):
-        part = words[start : start + _SLICE]
-        if part.any():
-            part[:] = 0
+def or_into(target: Words, source: Words, index: Indices | None = None) -> None:
+    """Add the bits of `source` to `target`; only words that are set are written."""
+    if index is None:
+        index = nonzero(source)
+    target[index] |= source[index]
 
 
 def _ends(first: int, count: int) -> tuple[int, int, np.uint64, np.uint64]:
@@ -113,9 +105,8 @@ def bits(words: Words) -> NDArray[np.int64]:
     return np.asarray(index[row] * BITS + bit, dtype=np.int64)
 
 
-def _runs(words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _runs(words: Words, index: Indices) -> tuple[Indices, Indices]:
     """First and one-past-last bit of every run of set bits."""
-    index = nonzero(words)
     if not len(index):
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     full = words[index] == ALL
@@ -139,9 +130,11 @@ def _runs(words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return first[np.r_[True, ~joined]], end[np.r_[~joined, True]]
 
 
-def extents(words: Words, granularity: int, size: int) -> ExtentArray:
+def extents(
+    words: Words, granularity: int, size: int, index: Indices | None = None
+) -> ExtentArray:
     """The set bits as coalesced extents in bytes, the last one clipped to `size`."""
-    first, end = _runs(words)
+    first, end = _runs(words, nonzero(words) if index is None else index)
     if not len(first):
         return empty()
     start = first * granularity

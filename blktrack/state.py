@@ -30,8 +30,8 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from blktrack import durable
-from blktrack.bitmap import Words
+from blktrack import bitmap, durable, linux
+from blktrack.bitmap import Indices, Words
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError
 
@@ -108,28 +108,43 @@ class Epoch:
 class BitFile:
     """A bitmap of granules in a file that is memory: stores survive the process at once.
 
-    FileNotFoundError if there is none and `create` is not set, BlktrackError for one of another size.
+    The file is sparse and only its data is ever scanned. FileNotFoundError if there is none and
+    `create` is not set, BlktrackError for one of another size.
     """
 
     def __init__(self, path: Path, words: int, *, create: bool = False) -> None:
-        size = max(words, 1) * 8
+        self.size = max(words, 1) * 8
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        self._fd = os.open(path, flags, 0o600)
         try:
             if create:
-                os.ftruncate(fd, 0)
-                os.ftruncate(fd, size)
-            if os.fstat(fd).st_size != size:
+                os.ftruncate(self._fd, 0)
+                os.ftruncate(self._fd, self.size)
+            if os.fstat(self._fd).st_size != self.size:
                 raise BlktrackError(f"{path} is not the pending set of this device")
-            self._memory = mmap.mmap(fd, size)
-        finally:
-            os.close(fd)
+            self._memory = mmap.mmap(self._fd, self.size)
+        except BaseException:
+            os.close(self._fd)
+            raise
         self.words: Words = np.frombuffer(self._memory, dtype=np.uint64)[:words]
+
+    def nonzero(self) -> Indices:
+        """Numbers of the words that are set."""
+        found = []
+        for start, length in linux.data_extents(self._fd):
+            first, end = start // 8, -(-(start + length) // 8)
+            found.append(bitmap.nonzero(self.words[first:end]) + first)
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def clear(self) -> None:
+        linux.punch_hole(self._fd, 0, self.size)
 
     def close(self) -> None:
         self.words = np.empty(0, dtype=np.uint64)
         self._memory.close()
+        os.close(self._fd)
 
     def __enter__(self) -> Self:
         return self

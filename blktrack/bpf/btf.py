@@ -51,9 +51,9 @@ class Btf:
         self._handle = ct.c_void_p(handle)
 
     def close(self) -> None:
-        if self._handle:
-            self._lib.btf__free(self._handle)
-            self._handle = ct.c_void_p()
+        """Free it; using it afterwards is an error."""
+        self._lib.btf__free(self._handle)
+        self._handle = ct.c_void_p()  # freeing NULL does nothing
 
     def find(self, name: str, kind: int) -> int:
         number = int(self._lib.btf__find_by_name_kind(self._handle, name.encode(), kind))

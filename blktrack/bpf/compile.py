@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from blktrack.bpf import abi
 from blktrack.bpf.layout import PROGRAMS
@@ -23,24 +24,31 @@ def source(facts: Mapping[str, int | str], maps: Mapping[str, int]) -> str:
     return f"{abi.c_header()}{defines}{(_HERE / 'track.c').read_text()}"
 
 
-def fingerprint(facts: Mapping[str, int | str]) -> str:
-    """Changes with the C source, the shared structs and the kernel's layout."""
-    text = source(facts, {}) + (_HERE / "track.h").read_text()
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint() -> str:
+    """Names the program text and the shared structs: programs and maps of another one do not fit."""
+    text = source({}, {}) + (_HERE / "track.h").read_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def import_bcc() -> tuple[type[Any], Any]:
+    """bcc's BPF class and its C library. ImportError where the system's bcc is not to be had."""
+    os.environ["BCC_KERNEL_SOURCE"] = str(_HEADERS)
+    from bcc import BPF  # noqa: PLC0415 - loads LLVM; only `track` compiles
+    from bcc.libbcc import lib  # noqa: PLC0415
+
+    return BPF, lib
 
 
 def compile_programs(text: str) -> dict[str, bytes]:
     """Instructions of every program, ready for `libbpf.load_program`. BlktrackError if bcc fails."""
-    os.environ["BCC_KERNEL_SOURCE"] = str(_HEADERS)
     try:
-        from bcc import BPF  # noqa: PLC0415 - loads LLVM; only `track` compiles
-        from bcc.libbcc import lib  # noqa: PLC0415
+        bpf, lib = import_bcc()
     except ImportError as error:
         raise BlktrackError(
             "bcc's Python module is not installed", hint="apt-get install python3-bpfcc"
         ) from error
     try:
-        module = BPF(text=text, cflags=[f"-I{_HERE}", "-Wno-unused-function"])
+        module = bpf(text=text, cflags=[f"-I{_HERE}", "-Wno-unused-function"])
     except Exception as error:  # bcc raises the bare class; its own messages are on standard error
         raise BlktrackError(f"bcc cannot compile the tracking programs: {error}") from error
     programs = {}

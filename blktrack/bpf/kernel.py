@@ -1,11 +1,14 @@
 """The programs and maps of one blktrack instance, pinned in bpffs so that they outlive processes.
 
-    PINS/windows planes stats inflight     the shared maps
-    PINS/link_NAME                         an attached program each
-    PINS/slot_N_a, slot_N_b                the two inner maps of the device in slot N
+    PINS/TEXT/windows planes stats inflight    the shared maps
+    PINS/TEXT/link_NAME                        an attached program each
+    PINS/TEXT/slot_N_a, slot_N_b               the two inner maps of the device in slot N
+
+TEXT is the fingerprint of the program text, so that another version of blktrack never reads maps that
+it does not understand; installing one takes the other away.
 
 Made in this order, undone in reverse: maps, then programs, then a slot. A death in between leaves
-less than a whole; `open` then reports what is missing and `install` makes it anew.
+less than a whole; opening it then tells what is missing and `install` makes it anew.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import ctypes as ct
 import mmap
 import os
 import resource
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -71,10 +75,11 @@ def _key(number: int) -> bytes:
 
 
 class Kernel:
-    """Open pins. Detached if they are not all there or come from other program text."""
+    """Open pins below `root`. Detached if they are not all there."""
 
-    def __init__(self, pins: Path) -> None:
-        self.pins = pins
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.pins = pins = root / compile.fingerprint()
         self._fds: dict[str, int] = {}
         try:
             for name in _MAPS:
@@ -86,21 +91,16 @@ class Kernel:
         self._windows: NDArray[Any] = np.frombuffer(self._memory, dtype=abi.WINDOWS)
 
     @classmethod
-    def install(cls, pins: Path, kind: int) -> Self:
+    def install(cls, root: Path, kind: int) -> Self:
         """Attach the programs for `kind` of device, making maps and pins as needed."""
-        mount_bpffs(pins.parent)
-        pins.mkdir(mode=0o700, exist_ok=True)
-        # Kernels before 5.11 charged maps to this limit; raising it is harmless later.
-        with contextlib.suppress(OSError, ValueError):
-            endless = resource.RLIM_INFINITY
-            resource.setrlimit(resource.RLIMIT_MEMLOCK, (endless, endless))
+        mount_bpffs(root.parent)
+        pins = root / compile.fingerprint()
         if not all((pins / name).exists() for name in _MAPS):
-            remove(pins)
-            pins.mkdir(mode=0o700, exist_ok=True)
+            remove(root)
+            pins.mkdir(mode=0o700, parents=True)
             _create_maps(pins)
-        kernel = cls(pins)
-        missing = [name for name in BY_KIND[kind] if not (pins / f"link_{name}").exists()]
-        if missing:
+        kernel = cls(root)
+        if not all((pins / f"link_{name}").exists() for name in BY_KIND[kind]):
             try:
                 kernel._attach(BY_KIND[kind])
             except BaseException:
@@ -109,28 +109,23 @@ class Kernel:
         return kernel
 
     def _attach(self, names: tuple[str, ...]) -> None:
-        """Load all, then attach completions before submissions: a change seen to begin is seen to end."""
-        btf = Btf()
+        """Load all, then attach completions before submissions: what is seen to begin is seen to end."""
         links: dict[str, int] = {}
         programs: dict[str, int] = {}
         try:
-            facts = layout.constants(btf)
-            code = compile.compile_programs(compile.source(facts, self._fds))
-            for name in names:
-                target = btf.tracepoint(layout.PROGRAMS[name])
-                programs[name] = libbpf.load_program(name, code[name], target)
+            programs = load(names, self._fds)
             for name in reversed(names):
                 links[name] = libbpf.attach(programs[name])
             for name in names:
                 path = self.pins / f"link_{name}"
                 path.unlink(missing_ok=True)
                 libbpf.pin(links[name], path)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise BlktrackError(
-                f"the kernel refused a tracking program: {error}", hint="run blktrack doctor"
+                f"the kernel refused to attach the tracking programs: {error}",
+                hint="run blktrack doctor",
             ) from error
         finally:
-            btf.close()
             for fd in (*links.values(), *programs.values()):
                 os.close(fd)
 
@@ -220,7 +215,7 @@ class Kernel:
                 for name in names:
                     (self.pins / f"link_{name}").unlink(missing_ok=True)
         if not self._windows["dev"].any():
-            remove(self.pins)
+            remove(self.root)
 
     def _relink(self) -> None:
         """Chain the slots of each disk and bound the programs' search."""
@@ -282,6 +277,37 @@ class Kernel:
         self.close()
 
 
+def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
+    """Compile and load programs for the running kernel: descriptors by name."""
+    btf = Btf()
+    loaded: dict[str, int] = {}
+    try:
+        code = compile.compile_programs(compile.source(layout.constants(btf), maps))
+        for name in names:
+            target = btf.tracepoint(layout.PROGRAMS[name])
+            loaded[name] = libbpf.load_program(name, code[name], target)
+    except (OSError, ValueError) as error:
+        for fd in loaded.values():
+            os.close(fd)
+        raise BlktrackError(
+            f"the kernel refused a tracking program: {error}", hint="run blktrack doctor"
+        ) from error
+    finally:
+        btf.close()
+    return loaded
+
+
+def probe() -> None:
+    """Make maps, compile and load every program, and let it all go. BlktrackError if any fails."""
+    maps = make_maps()
+    try:
+        for fd in load(layout.PROGRAMS, maps).values():
+            os.close(fd)
+    finally:
+        for fd in maps.values():
+            os.close(fd)
+
+
 def create_inner(geometry: Geometry) -> int:
     flags = libbpf.F_MMAPABLE | libbpf.F_INNER_MAP
     return libbpf.create_map(
@@ -289,10 +315,16 @@ def create_inner(geometry: Geometry) -> int:
     )
 
 
-def _create_maps(pins: Path) -> None:
-    template = create_inner(Geometry(1))
-    fds = {}
+def make_maps() -> dict[str, int]:
+    """The shared maps: descriptors by name."""
+    # Kernels before 5.11 charged maps to this limit; raising it is harmless later.
+    with contextlib.suppress(OSError, ValueError):
+        endless = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (endless, endless))
+    fds: dict[str, int] = {}
+    template = -1
     try:
+        template = create_inner(Geometry(1))
         fds["windows"] = libbpf.create_map(
             libbpf.MAP_ARRAY, "blktrack_windows", 4, abi.WINDOWS.itemsize, 1, flags=libbpf.F_MMAPABLE
         )
@@ -305,14 +337,29 @@ def _create_maps(pins: Path) -> None:
         fds["inflight"] = libbpf.create_map(
             libbpf.MAP_HASH, "blktrack_bios", 8, abi.BIO.itemsize, abi.INFLIGHT
         )
-        for name in _MAPS:
-            libbpf.pin(fds[name], pins / name)
     except OSError as error:
+        for fd in fds.values():
+            os.close(fd)
         raise BlktrackError(
             f"cannot make the tracking maps: {error}", hint="run blktrack doctor"
         ) from error
     finally:
-        for fd in (*fds.values(), template):
+        if template >= 0:
+            os.close(template)
+    return fds
+
+
+def _create_maps(pins: Path) -> None:
+    fds = make_maps()
+    try:
+        for name in _MAPS:
+            libbpf.pin(fds[name], pins / name)
+    except OSError as error:
+        raise BlktrackError(
+            f"cannot pin the tracking maps in {pins}: {error}", hint="run blktrack doctor"
+        ) from error
+    finally:
+        for fd in fds.values():
             os.close(fd)
 
 
@@ -330,10 +377,12 @@ def mount_bpffs(where: Path) -> None:
         ) from error
 
 
-def remove(pins: Path) -> None:
+def remove(root: Path) -> None:
     """Unpin everything: programs first, so that none runs on half a set of maps."""
-    if not pins.is_dir():
+    if not root.is_dir():
         return
-    for path in sorted(pins.iterdir(), key=lambda p: not p.name.startswith("link_")):
-        path.unlink(missing_ok=True)
-    pins.rmdir()
+    for pins in root.iterdir():
+        for path in sorted(pins.iterdir(), key=lambda p: not p.name.startswith("link_")):
+            path.unlink(missing_ok=True)
+        pins.rmdir()
+    root.rmdir()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blktrack import bitmap
-from blktrack.bitmap import Words
+from blktrack.bitmap import Indices, Words
 from blktrack.bpf import abi, libbpf
 
 _PAGE_WORDS = mmap.PAGESIZE // 8
@@ -61,38 +61,35 @@ class Planes:
         words = self.geometry.plane_words
         return self._words[number * words : (number + 1) * words]
 
-    def is_clear(self) -> bool:
-        return not bitmap.any_set(self._words)
+    def nonzero(self) -> list[Indices]:
+        """Words that are set, of each plane: one scan that serves everything below."""
+        return [bitmap.nonzero(self.plane(number)) for number in (abi.SUBMITTED, abi.COMPLETED)]
 
-    def clear(self) -> None:
-        """Only for a retired map: bits set meanwhile by a program would be lost."""
-        bitmap.clear(self._words)
-
-    def merge_into(self, number: int, target: Words) -> bool:
-        """Add the granules of a plane to the bitmap `target`; True if there were any."""
-        upper = self._levels(number)
-        changed = bitmap.or_into(target, upper[0])
-        for level in range(abi.LEVELS - 1, 0, -1):
-            full = upper[level]
-            if not bitmap.any_set(full):
+    def merge_into(self, number: int, target: Words, index: Indices | None = None) -> None:
+        """Add the granules of a plane to the bitmap `target`; `index` are its words that are set."""
+        plane = self.plane(number)
+        if index is None:
+            index = bitmap.nonzero(plane)
+        cuts = np.searchsorted(index, self.geometry.offsets[1:])
+        for level, words in enumerate(np.split(index, cuts)):
+            if not len(words):
                 continue
-            changed = True
-            # A bit of this level is a word of granules 64 ** (level - 1) words wide.
+            if level == 0:
+                target[words] |= plane[words]
+                continue
+            # A bit of this level is a run of full words of granules.
+            part = plane[self.geometry.offsets[level] :][: self.geometry.levels[level]]
             width = bitmap.BITS ** (level - 1)
-            for start, length in bitmap.extents(full, width, len(target)).tolist():
+            for start, length in bitmap.extents(part, width, len(target)).tolist():
                 target[start : start + length] = bitmap.ALL
-        return changed
 
     def any_set(self, number: int) -> bool:
         return bitmap.any_set(self.plane(number))
 
-    def _levels(self, number: int) -> list[Words]:
-        plane = self.plane(number)
-        geometry = self.geometry
-        return [
-            plane[at : at + size]
-            for at, size in zip(geometry.offsets, geometry.levels, strict=True)
-        ]
+    def clear(self, found: list[Indices]) -> None:
+        """Zero the words `found` set. Only for a retired map: a program's later marks would be lost."""
+        for number, index in enumerate(found):
+            self.plane(number)[index] = 0
 
     def close(self) -> None:
         """Unmap; views taken before are invalid afterwards."""

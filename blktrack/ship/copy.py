@@ -177,9 +177,7 @@ class _Ledger:
         return max(0.0, min(1.0, self._settled + self._interval - time.monotonic()))
 
     def due(self) -> bool:
-        return self._checkpoint is not None and (
-            time.monotonic() - self._settled >= self._interval
-        )
+        return self._checkpoint is not None and (time.monotonic() - self._settled >= self._interval)
 
     def settle(self) -> None:
         """Make what was done durable and report it."""

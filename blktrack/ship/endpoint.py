@@ -20,13 +20,17 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn, Self
 
+import numpy as np
+
 from blktrack import linux
 from blktrack.errors import Busy, CopyFailed
 from blktrack.extent import Extent
+from blktrack.linux import Buffer, RequestQueue
+from blktrack.ship.plan import Piece
 
 # What a device or file system says to a way of zeroing that it does not have.
 _CANNOT = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS}
-_ZEROES = memoryview(linux.Buffer(1 << 20).view).toreadonly()
+_ZEROES = memoryview(Buffer(1 << 20).view).toreadonly()
 
 _HINTS = {
     errno.ENOSPC: "free space there, then run the command again: it goes on where it stopped",
@@ -66,6 +70,7 @@ class Endpoint(ABC):
         self.path = path
         self.size = size
         self.align = align
+        self._direct = -1
         self._zero_ways: list[Callable[[int, int], None]] = []
 
     @abstractmethod
@@ -90,7 +95,7 @@ class Endpoint(ABC):
     def read(self, offset: int, length: int) -> bytes:
         """A copy of some bytes, for a few of them."""
         shift = offset % linux.PAGE
-        view = linux.Buffer(shift + length).view[shift : shift + length]
+        view = Buffer(shift + length).view[shift : shift + length]
         self.read_into(view, offset)
         return bytes(view)
 
@@ -114,6 +119,25 @@ class Endpoint(ABC):
             if index:
                 self._zero_ways = ways[index:]
             return
+
+    def read_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> list[Piece]:
+        """Read many pieces at once; those that failed, or could not be read this way."""
+        return self._many(pieces, buffer, requests, write=False)
+
+    def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
+        """Write many pieces at once; durable after flush()."""
+        for start, length, at in self._many(pieces, buffer, requests, write=True):
+            self.write(buffer.view[at : at + length], start)
+
+    def _many(
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue, *, write: bool
+    ) -> list[Piece]:
+        rows = np.array(pieces, dtype=np.int64).reshape(-1, 3)
+        if self.align == 1 or ((rows[:, 0] | rows[:, 1]) % self.align).any():
+            return pieces
+        moved = requests.move(self._direct, buffer, rows, write=write)
+        # Short ones too: the plain call goes on to the end or says why it cannot.
+        return [pieces[index] for index in np.flatnonzero(moved != rows[:, 1])]
 
     def _write_zeroes(self, start: int, length: int) -> None:
         end = start + length
@@ -151,44 +175,45 @@ class DeviceEnd(Endpoint):
     def __init__(self, path: str, *, writable: bool = False) -> None:
         flags = os.O_RDWR | os.O_EXCL if writable else os.O_RDONLY
         try:
-            self._fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+            fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
         except OSError as error:
             raise EndError(path, "open", None, error) from error
-        super().__init__(path, linux.device_size(self._fd), linux.block_size(self._fd))
+        super().__init__(path, linux.device_size(fd), linux.block_size(fd))
+        self._direct = fd
         self._zero_ways = [self._punch, self._zero_out, self._write_zeroes]
 
     def _read(self, view: memoryview, offset: int) -> None:
         if (offset | len(view)) % self.align == 0:
-            _read_all(self._fd, view, offset)
+            _read_all(self._direct, view, offset)
             return
         first = offset // self.align * self.align
         last = -(-(offset + len(view)) // self.align) * self.align
-        whole = linux.Buffer(last - first).view[: last - first]
-        _read_all(self._fd, whole, first)
+        whole = Buffer(last - first).view[: last - first]
+        _read_all(self._direct, whole, first)
         view[:] = whole[offset - first :][: len(view)]
 
     def _write(self, view: memoryview, offset: int) -> None:
         self._check(offset, len(view))
-        _write_all(self._fd, view, offset)
+        _write_all(self._direct, view, offset)
 
     def _punch(self, start: int, length: int) -> None:
         self._check(start, length)
-        linux.punch_hole(self._fd, start, length)
+        linux.punch_hole(self._direct, start, length)
 
     def _zero_out(self, start: int, length: int) -> None:
-        linux.zero_out(self._fd, start, length)
+        linux.zero_out(self._direct, start, length)
 
     def _check(self, start: int, length: int) -> None:
         if (start | length) % self.align:
             raise ValueError(f"{Extent(start, length)} is not in blocks of {self.align}")
 
     def _sync(self) -> None:
-        os.fsync(self._fd)
+        os.fsync(self._direct)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
 
 
 class FileEnd(Endpoint):
@@ -205,8 +230,9 @@ class FileEnd(Endpoint):
         except BlockingIOError as error:
             os.close(self._fd)
             raise Busy(f"{path} is held by another run", hint="wait for it to end") from error
-        self._direct, align = _open_direct(path, self._fd, mode)
+        direct, align = _open_direct(self._fd, mode)
         super().__init__(path, os.fstat(self._fd).st_size, align)
+        self._direct = direct
         self._zero_ways = [self._punch, self._write_zeroes]
 
     def fileno(self) -> int:
@@ -268,7 +294,7 @@ class FileEnd(Endpoint):
         self._direct = self._fd = -1
 
 
-def _open_direct(path: str, fd: int, mode: int) -> tuple[int, int]:
+def _open_direct(fd: int, mode: int) -> tuple[int, int]:
     """A second descriptor for direct I/O and its unit; (-1, 1) if the file system has none."""
     align = linux.direct_align(fd)
     if align == 0:

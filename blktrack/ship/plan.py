@@ -8,7 +8,7 @@ from typing import NamedTuple
 from blktrack.extent import ExtentArray, total
 from blktrack.linux import PAGE
 
-MAX_REQUESTS = 128  # of one batch: small ones are many, but progress and stopping must not wait
+MAX_REQUESTS = 64  # of one batch: small ones are many, but progress and stopping must not wait
 _ROWS = 4096  # extents turned into Python numbers at once
 
 

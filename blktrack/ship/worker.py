@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from blktrack.linux import Buffer
+from blktrack.linux import Buffer, RequestQueue
 from blktrack.ship.endpoint import EndError, Endpoint
 from blktrack.ship.limit import RateLimit
-from blktrack.ship.plan import Batch, Piece
+from blktrack.ship.plan import MAX_REQUESTS, Batch, Piece
 
 ZERO_PIECE = 64 << 10  # zeroes are looked for in aligned pieces of this size
 _GIVE_UP = 1024  # failed reads after which a failed request is no longer searched for its good part
@@ -96,10 +97,9 @@ class Crew:
     def run(self) -> None:
         """The body of a thread."""
         try:
-            source = Buffer(self._chunk)
-            replica = source if self._mode is Mode.COPY else Buffer(self._chunk)
-            while (batch := self._take()) is not None:
-                self.events.put(self._carry(batch, source, replica))
+            with _Hand(self._chunk, compare=self._mode is not Mode.COPY) as hand:
+                while (batch := self._take()) is not None:
+                    self.events.put(self._carry(batch, hand))
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._abort.set()
             self.events.put(error)
@@ -125,112 +125,142 @@ class Crew:
                 return False
         return True
 
-    def _carry(self, batch: Batch, source: Buffer, replica: Buffer) -> Outcome:
+    def _carry(self, batch: Batch, hand: _Hand) -> Outcome:
         outcome = Outcome(requests=len(batch))
-        good = self._read(batch, source, outcome)
+        good = self._read(batch, hand, outcome)
         with self._lock:
             self._reading -= 1
             if self._next is None and self._reading == 0:
                 self.read_ended = time.monotonic()
                 self.events.put(ReadsEnded())
-        if self._mode is Mode.COPY:
-            for piece in good:
-                self._store(piece, source, outcome)
-        else:
-            for start, length, at in good:
-                self._replica.read_into(replica.view[at : at + length], start)
-            for piece in good:
-                self._compare(piece, source, replica, outcome)
-        outcome.done = [(piece.start, piece.length) for piece in good]
+        if self._mode is not Mode.COPY:
+            _read_all(self._replica, good, hand.replica, hand.requests)
+            different = [run for piece in good for run in self._different(piece, hand)]
+            outcome.different = [(start, length) for start, length, _ in different]
+        if self._mode is not Mode.COMPARE:
+            self._store(good if self._mode is Mode.COPY else different, hand, outcome)
+        outcome.done = [(start, length) for start, length, _ in good]
         return outcome
 
-    def _read(self, batch: Batch, buffer: Buffer, outcome: Outcome) -> Batch:
-        """Read the source; the pieces that could be."""
-        good: Batch = []
-        view, read = buffer.view, self._source.read_into
-        for piece in batch:
-            start, length, at = piece
-            try:
-                read(view[at : at + length], start)
-                good.append(piece)
-                outcome.read += length
-            except EndError as error:
-                good += self._salvage(piece, buffer, outcome, error)
+    def _read(self, batch: Batch, hand: _Hand, outcome: Outcome) -> Batch:
+        """Read the source; the pieces, or parts of them, that could be."""
+        failed = batch
+        if hand.requests and len(batch) > 1:
+            failed = self._source.read_many(batch, hand.source, hand.requests)
+        if not failed:
+            outcome.read += sum(length for _, length, _ in batch)
+            return batch
+        again = set(failed)
+        good = [piece for piece in batch if piece not in again]
+        outcome.read += sum(length for _, length, _ in good)
+        for piece in failed:
+            good += self._read_one(piece, hand.source, outcome)
         return good
 
-    def _salvage(
-        self, piece: Piece, buffer: Buffer, outcome: Outcome, error: EndError
-    ) -> Batch:
-        """The readable parts of a piece whose read failed, searched by halving."""
-        if error.errno in _GONE:
-            raise error
+    def _read_one(self, piece: Piece, buffer: Buffer, outcome: Outcome) -> Batch:
         start, length, at = piece
+        try:
+            self._source.read_into(buffer.view[at : at + length], start)
+        except EndError as error:
+            if error.errno in _GONE:
+                raise
+            # The readable parts are found by halving.
+            self._failed_reads += 1
+            middle = self._middle(start, length)
+            if middle is None or self._failed_reads > _GIVE_UP:
+                outcome.failed.append((start, length))
+                return []
+            left = middle - start
+            good = self._read_one(Piece(start, left, at), buffer, outcome)
+            return good + self._read_one(Piece(middle, length - left, at + left), buffer, outcome)
+        outcome.read += length
+        return [piece]
+
+    def _middle(self, start: int, length: int) -> int | None:
+        """A granule's edge near the middle; None within one granule."""
         unit = self._granularity
         middle = (start + length // 2) // unit * unit
         if middle <= start:
             middle = (start // unit + 1) * unit
-        self._failed_reads += 1
-        if middle >= start + length or self._failed_reads > _GIVE_UP:
-            outcome.failed.append((start, length))
+        return middle if middle < start + length else None
+
+    def _different(self, piece: Piece, hand: _Hand) -> Batch:
+        """Runs of granules that differ."""
+        start, length, at = piece
+        if hand.source.equal(at, length, hand.replica, at):
             return []
-        left = middle - start
-        halves = [Piece(start, left, at), Piece(middle, length - left, at + left)]
-        return self._read(halves, buffer, outcome)
-
-    def _store(self, piece: Piece, buffer: Buffer, outcome: Outcome) -> None:
-        """Write a piece, its whole zero parts as zeroes."""
-        start, length, at = piece
-        end = start + length
         shift = at - start
-        begin = start  # of the run of parts that are alike
-        zero = False
-        while start < end:
-            stop = min(end, (start // ZERO_PIECE + 1) * ZERO_PIECE)
-            is_zero = buffer.is_zero(start + shift, stop - start)
-            if is_zero != zero:
-                self._put(begin, start, shift, zero, buffer, outcome)
-                begin, zero = start, is_zero
-            start = stop
-        self._put(begin, end, shift, zero, buffer, outcome)
+        return [
+            Piece(begin, end - begin, begin + shift)
+            for begin, end, equal in _runs(
+                start,
+                start + length,
+                self._granularity,
+                lambda s, n: hand.source.equal(s + shift, n, hand.replica, s + shift),
+            )
+            if not equal
+        ]
 
-    def _put(
-        self, start: int, end: int, shift: int, zero: bool, buffer: Buffer, outcome: Outcome
-    ) -> None:
-        if start == end:
-            return
-        if not zero:
-            self._replica.write(buffer.view[start + shift : end + shift], start)
-            outcome.written += end - start
-            return
-        outcome.zeroed += end - start
-        if not self._known_zero:
-            self._replica.zero(start, end - start)
+    def _store(self, pieces: Batch, hand: _Hand, outcome: Outcome) -> None:
+        """Write pieces, their whole zero parts as zeroes."""
+        data: Batch = []
+        for start, length, at in pieces:
+            shift = at - start
+            for begin, end, zero in _runs(
+                start, start + length, ZERO_PIECE, lambda s, n: hand.source.is_zero(s + shift, n)
+            ):
+                if not zero:
+                    data.append(Piece(begin, end - begin, begin + shift))
+                    continue
+                outcome.zeroed += end - begin
+                if not self._known_zero:
+                    self._replica.zero(begin, end - begin)
+        if hand.requests and len(data) > 1:
+            self._replica.write_many(data, hand.source, hand.requests)
+        else:
+            for start, length, at in data:
+                self._replica.write(hand.source.view[at : at + length], start)
+        outcome.written += sum(length for _, length, _ in data)
 
-    def _compare(
-        self, piece: Piece, source: Buffer, replica: Buffer, outcome: Outcome
-    ) -> None:
-        start, length, at = piece
-        if source.equal(at, length, replica, at):
-            return
-        end = start + length
-        shift = at - start
-        unit = self._granularity
-        begin = -1  # of the run of granules that differ
-        while start < end:
-            stop = min(end, (start // unit + 1) * unit)
-            if source.equal(start + shift, stop - start, replica, start + shift):
-                if begin >= 0:
-                    self._differs(begin, start, shift, source, outcome)
-                    begin = -1
-            elif begin < 0:
-                begin = start
-            start = stop
-        if begin >= 0:
-            self._differs(begin, end, shift, source, outcome)
 
-    def _differs(
-        self, start: int, end: int, shift: int, source: Buffer, outcome: Outcome
-    ) -> None:
-        outcome.different.append((start, end - start))
-        if self._mode is Mode.REPAIR:
-            self._store(Piece(start, end - start, start + shift), source, outcome)
+class _Hand:
+    """What one thread holds: its buffers and its requests."""
+
+    def __init__(self, chunk: int, *, compare: bool) -> None:
+        self.source = Buffer(chunk)
+        self.replica = Buffer(chunk) if compare else self.source
+        self.requests: RequestQueue | None = None
+        with contextlib.suppress(OSError):  # without, each request is a call of its own
+            self.requests = RequestQueue(MAX_REQUESTS)
+
+    def __enter__(self) -> _Hand:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.requests:
+            self.requests.close()
+
+
+def _read_all(end: Endpoint, pieces: Batch, buffer: Buffer, requests: RequestQueue | None) -> None:
+    left = pieces
+    if requests and len(pieces) > 1:
+        left = end.read_many(pieces, buffer, requests)
+    for start, length, at in left:
+        end.read_into(buffer.view[at : at + length], start)
+
+
+def _runs(
+    start: int, end: int, unit: int, test: Callable[[int, int], bool]
+) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, answer) of the longest runs of aligned units for which `test` says the same."""
+    begin, answer = start, None
+    while start < end:
+        stop = min(end, (start // unit + 1) * unit)
+        says = test(start, stop - start)
+        if says is not answer and answer is not None:
+            yield begin, start, answer
+            begin = start
+        answer = says
+        start = stop
+    if answer is not None:
+        yield begin, end, answer

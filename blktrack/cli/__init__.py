@@ -1,0 +1,90 @@
+"""The command line: one module per command, one ladder from errors to exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from blktrack import __version__
+from blktrack.errors import BlktrackError
+
+# Each names a module here, with `arguments(parser)` and `run(args) -> int`.
+COMMANDS = {
+    "doctor": "what this host can do, each failure with its remedy",
+    "track": "begin to track a device's changes",
+    "untrack": "stop tracking a device",
+    "status": "devices, replicas, pending bytes, lag, doubts",
+    "extents": "what the next sync would ship",
+    "sync": "bring a replica to the present state of a device",
+    "verify": "compare a replica with its device",
+}
+_NEEDS_ROOT = set(COMMANDS) - {"doctor"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code of the outside contract."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(words)
+        if args.command in _NEEDS_ROOT and os.geteuid() != 0:
+            raise BlktrackError(f"blktrack {args.command} needs root", hint="run it with sudo")
+        return int(_module(args.command).run(args))
+    except BlktrackError as error:
+        _complain(str(error), error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to tell it.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        _complain(str(error) or type(error).__name__, "see the kernel log if this is unexpected")
+        return 1
+
+
+def _complain(message: str, hint: str = "") -> None:
+    with contextlib.suppress(OSError):
+        print(f"blktrack: {message}", file=sys.stderr)
+        if hint:
+            print(f"  -> {hint}", file=sys.stderr)
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"blktrack.cli.{command}")
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="blktrack",
+        description="Replicate live block devices by the sector ranges that changed.",
+        epilog="Each command has its own --help. "
+        "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 resync needed or not tracked, "
+        "4 no consistent point, 5 differences found, 6 busy, 128+N stopped by signal N.",
+        allow_abbrev=False,
+    )
+    version = f"blktrack {__version__} (kernel {platform.release()})"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Importing every command for its arguments would slow each of them down.
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == chosen:
+            module = _module(name)
+            command.description = module.__doc__
+            module.arguments(command)
+    return parser.parse_args(words)

@@ -1,0 +1,85 @@
+"""What several commands share: arguments, JSON, texts, signals."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from blktrack.config import Paths
+from blktrack.errors import UsageError
+from blktrack.report import Report
+from blktrack.state import Store
+from blktrack.units import parse_size
+
+if TYPE_CHECKING:
+    from blktrack.sync import Options
+
+
+def store() -> Store:
+    return Store(Paths.from_environment())
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
+
+
+def size(text: str) -> int:
+    """argparse type: a size or a rate, at least 1 byte."""
+    try:
+        value = parse_size(text.removesuffix("/s"))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error}; {error.hint}") from error
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1 byte")
+    return value
+
+
+def target(text: str) -> str:
+    """argparse type: a TARGET in the form in which links remember it."""
+    if text.startswith("ssh://"):
+        raise argparse.ArgumentTypeError("replicas on other hosts are not supported yet")
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return os.path.abspath(text)
+
+
+def emit(report: Report) -> None:
+    json.dump(report.as_json(), sys.stdout)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def instant(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+@contextlib.contextmanager
+def stoppable(options: Options) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP end the copy after what is in flight; a second one ends at once."""
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if options.stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        options.signum = number
+        options.stop.set()
+
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, on_signal) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

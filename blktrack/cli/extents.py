@@ -1,0 +1,28 @@
+"""List what the next sync would ship: start and length in bytes, one extent a line.
+
+  blktrack extents /dev/sdb
+  blktrack extents /dev/sdb --target /backup/sdb.img --json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blktrack.cli.common import add_json, emit, store
+from blktrack.tracker import tracker
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="a tracked device")
+    parser.add_argument("--target", metavar="T", help="only what this replica lacks: path or name")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    report = tracker.extents(store(), args.device, args.target)
+    if args.json:
+        emit(report)
+    else:
+        for start, length in report.extents:
+            print(start, length)
+    return 0

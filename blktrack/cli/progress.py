@@ -1,0 +1,86 @@
+"""Progress of long operations on standard error: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from blktrack.units import format_duration, format_rate, format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_SHOW_AFTER = 1.0  # seconds: what is over sooner shows nothing
+_LINE_EVERY = 10.0
+
+
+class Watcher:
+    """An Observer. With `quiet` it shows nothing."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._name, self._total = "", 0
+        self._begun = self._last = time.monotonic()
+
+    def phase(self, name: str, total: int) -> None:
+        self._name, self._total = name, total
+        self._begun = self._last = time.monotonic()
+
+    def done(self, count: int) -> None:
+        now = time.monotonic()
+        if self._quiet or now - self._begun < _SHOW_AFTER:
+            return
+        if self._terminal:
+            self._show_bar(count)
+        elif now - self._last >= _LINE_EVERY:
+            self._last = now
+            print(self._line(count, now - self._begun), file=sys.stderr, flush=True)
+
+    def _line(self, count: int, elapsed: float) -> str:
+        left = (self._total - count) * elapsed / count if count else 0.0
+        return (
+            f"{self._name}: {format_size(count)} of {format_size(self._total)}, "
+            f"{format_rate(count, elapsed)}, {format_duration(left)} to go"
+        )
+
+    def _show_bar(self, count: int) -> None:
+        if self._bar is None:
+            # rich takes a tenth of a second to load: only for who waits anyway.
+            from rich.console import Console  # noqa: PLC0415
+            from rich.progress import (  # noqa: PLC0415
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._name, total=self._total)
+        if self._task is not None:
+            self._bar.update(self._task, completed=count)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

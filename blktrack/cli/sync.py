@@ -1,0 +1,77 @@
+"""Bring a replica to the present state of a device: the first time by a full copy, then by what
+changed, after a doubt by comparing.
+
+  blktrack sync /dev/sdb /backup/sdb.img
+  blktrack sync /dev/vg0/data /dev/vg1/data --limit 50M --quiet
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blktrack.cli.common import (
+    add_json,
+    add_quiet,
+    emit,
+    instant,
+    size,
+    stoppable,
+    store,
+    target,
+)
+from blktrack.cli.progress import Watcher
+from blktrack.report import SyncReport
+from blktrack.sync import Options, sync
+from blktrack.units import format_duration, format_size
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="a tracked device")
+    parser.add_argument("target", metavar="TARGET", type=target, help="a device or a file")
+    parser.add_argument("--full", action="store_true", help="copy everything again")
+    parser.add_argument(
+        "--no-resync", action="store_true", help="exit 3 instead of comparing everything"
+    )
+    parser.add_argument("--limit", type=size, metavar="RATE", help="bytes read per second, as 50M")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite a target that holds something else"
+    )
+    # More levels come with atomic points; until then the level is reported, not chosen.
+    parser.add_argument(
+        "--consistency",
+        choices=["none"],
+        default="none",
+        help="what a point must be; one taken while nothing was written is reported as crash",
+    )
+    add_json(parser)
+    add_quiet(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = Options(
+        full=args.full, no_resync=args.no_resync, limit=args.limit, force=args.force
+    )
+    with Watcher(quiet=args.quiet) as watcher, stoppable(options):
+        report, _ = sync(store(), args.device, args.target, options, watcher)
+    if args.json:
+        emit(report)
+    elif not args.quiet:
+        print(describe(report))
+    return 0
+
+
+def describe(report: SyncReport) -> str:
+    reason = f" ({report.reason})" if report.reason else ""
+    shipped = f"{format_size(report.bytes_shipped)} shipped"
+    if report.bytes_zeroed:
+        shipped += f", {format_size(report.bytes_zeroed)} zero"
+    looked = "compared" if report.mode == "resync" else "copied"
+    what = (
+        "nothing had changed"
+        if report.mode == "nothing"
+        else f"{format_size(report.bytes_changed)} in {report.extents} extents {looked}, {shipped}"
+    )
+    return (
+        f"{report.mode}{reason}: {what}, {format_duration(report.duration_s)}\n"
+        f"replica is at {instant(report.point)}, consistency {report.consistency}"
+    )

@@ -1,0 +1,23 @@
+"""Stop tracking a device. Its replicas stay; the next sync after a new track is a resync.
+
+  blktrack untrack /dev/sdb
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blktrack.cli.common import add_quiet, store
+from blktrack.tracker import tracker
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="a tracked device")
+    add_quiet(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    tracker.untrack(store(), args.device)
+    if not args.quiet:
+        print(f"{args.device}: no longer tracked")
+    return 0

@@ -1,0 +1,54 @@
+"""Compare a replica with its device, byte by byte. Exit code 5 if they differ.
+
+What changed on the device since the last sync differs too: sync first, with the device quiet.
+
+  blktrack verify /dev/sdb /backup/sdb.img
+  blktrack verify /dev/sdb /backup/sdb.img --repair
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blktrack.cli.common import add_json, add_quiet, emit, size, stoppable, store, target
+from blktrack.cli.progress import Watcher
+from blktrack.report import VerifyReport
+from blktrack.sync import Options, repair, verify
+from blktrack.units import format_size
+
+_SHOWN = 10
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="the source")
+    parser.add_argument("target", metavar="TARGET", type=target, help="its replica")
+    parser.add_argument("--repair", action="store_true", help="resync what differs")
+    parser.add_argument("--limit", type=size, metavar="RATE", help="bytes read per second, as 50M")
+    add_json(parser)
+    add_quiet(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = Options(limit=args.limit)
+    work = repair if args.repair else verify
+    with Watcher(quiet=args.quiet) as watcher, stoppable(options):
+        report = work(store(), args.device, args.target, options, watcher)
+    if args.json:
+        emit(report)
+    elif not args.quiet:
+        _print(report)
+    return 5 if report.bytes_different > report.bytes_repaired else 0
+
+
+def _print(report: VerifyReport) -> None:
+    compared = f"{format_size(report.bytes_compared)} compared"
+    if not report.bytes_different:
+        print(f"identical: {compared}")
+        return
+    print(f"different: {format_size(report.bytes_different)} of {compared}")
+    for start, length in report.extents[:_SHOWN]:
+        print(f"  {start} {length}")
+    if len(report.extents) > _SHOWN:
+        print(f"  and {len(report.extents) - _SHOWN} more extents")
+    if report.bytes_repaired:
+        print(f"repaired: {format_size(report.bytes_repaired)}")

@@ -1,0 +1,47 @@
+"""Which devices can be a source, and what tells one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from blktrack.errors import Refused
+from blktrack.sysfs import BlockDevice
+
+
+def source(path: str) -> BlockDevice:
+    """The block device at `path`, if its changes can be seen soundly; else Refused or UsageError."""
+    device = BlockDevice.find(path)
+    disk = device.disk
+    if device.size == 0:
+        raise Refused(f"{path} has no medium", hint="attach or configure it first")
+    zoned = device.queue("zoned")
+    if zoned not in (None, "none"):
+        raise Refused(
+            f"{path} is a {zoned} zoned device, on which a write's place is known only afterwards",
+            hint="track a conventional device on top of it, such as a dm-zoned volume",
+        )
+    if device.queue_number("dax"):
+        raise Refused(
+            f"{path} can be written through DAX mappings, which never reach the block layer",
+            hint="track a device without DAX, such as a dm-linear volume made with dax disabled",
+        )
+    if "nvme-subsystem" in disk.sys.parts:
+        raise Refused(
+            f"{path} is an NVMe multipath head, whose completions the kernel does not show",
+            hint="boot with nvme_core.multipath=N, or track a dm-multipath volume instead",
+        )
+    return device
+
+
+def device_id(device: BlockDevice) -> str:
+    """Names the folder of a device's state: the same after a reboot where it has a permanent name."""
+    name = device.permanent_name or f"name:{device.name}"
+    label = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-")
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return digest if device.permanent_name else f"{label}-{digest}"
+
+
+def bypasses_bios(device: BlockDevice) -> bool:
+    """Drivers that could do a page without a bio while the kernel had `rw_page`."""
+    return device.disk.name.startswith(("zram", "ram", "pmem", "btt"))

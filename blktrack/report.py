@@ -1,0 +1,113 @@
+"""Results as data: text, JSON and live displays are views of these. Field names are the JSON keys.
+
+Sizes are bytes, times seconds (instants since the epoch); extents are [start, length] pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class LinkStatus(Report):
+    target: str
+    name: str
+    epoch: int | None  # of the cursor
+    point: float | None  # the instant whose state the replica holds
+    consistency: str | None
+    lag_s: float | None
+    pending_bytes: int | None  # None: not known, the device is away or has a gap
+    state: str  # initial, ready, resync
+    reason: str  # why a resync is due
+
+
+@dataclass
+class DeviceStatus(Report):
+    device: str
+    size: int
+    granularity: int
+    state: str  # tracking, gap, absent
+    reason: str  # why not tracking
+    since: float | None  # when that began
+    generation: str
+    epoch: int
+    dirty_bytes: int  # changed since the last drain
+    written_bytes: int  # since the generation began
+    writes: int
+    losses: int  # marks that were lost, of any kind
+    doubts: list[dict[str, Any]] = field(default_factory=list)
+    links: list[LinkStatus] = field(default_factory=list)
+
+
+@dataclass
+class StatusReport(Report):
+    devices: list[DeviceStatus]
+
+
+@dataclass
+class SyncReport(Report):
+    mode: str  # initial, incremental, resync, nothing
+    reason: str
+    consistency: str
+    epoch: int
+    point: float
+    rounds: int
+    extents: int
+    bytes_changed: int  # in the extents that had to be looked at
+    bytes_shipped: int  # written to the replica
+    bytes_zeroed: int  # made zero on the replica, without data
+    bytes_wire: int  # sent to another host
+    freeze_s: float
+    duration_s: float
+
+
+@dataclass
+class ExtentsReport(Report):
+    device: str
+    granularity: int
+    generation: str
+    epoch: int
+    bytes: int
+    extents: list[list[int]]
+
+
+@dataclass
+class VerifyReport(Report):
+    bytes_compared: int
+    bytes_different: int
+    bytes_repaired: int
+    extents: list[list[int]]
+
+
+@dataclass
+class TrackReport(Report):
+    device: str
+    size: int
+    granularity: int
+    generation: str
+    began: bool  # False: it was tracked already
+    kernel_bytes: int  # memory of its dirty maps
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Check(Report):
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+@dataclass
+class DoctorReport(Report):
+    ok: bool
+    kernel: str
+    checks: list[Check]

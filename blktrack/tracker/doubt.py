@@ -1,0 +1,74 @@
+"""What may have gone unseen: each way to lose a mark, found and put into words."""
+
+from __future__ import annotations
+
+from blktrack.bpf.kernel import Kernel, Program
+from blktrack.state import DeviceState, Epoch
+from blktrack.sysfs import BlockDevice, boot_id
+from blktrack.units import format_size
+
+_LOSSES = {
+    "opaque": "{n} pass-through or unknown commands may have changed any part of it",
+    "beyond": "{n} writes lay beyond the end it had when tracking began",
+    "full": "{n} writes could not be remembered until their completion",
+    "stale": "{n} writes were never seen to complete",
+    "overflow": "{n} discards had more ranges than can be followed",
+}
+
+
+def of_identity(state: DeviceState, device: BlockDevice) -> str | None:
+    """Is it still the device, in the boot, that tracking began on?"""
+    if state.boot_id != boot_id():
+        return "the host was rebooted"
+    if state.diskseq != device.diskseq:
+        return f"the device was re-created (sequence {device.diskseq}, was {state.diskseq})"
+    if state.size != device.size:
+        return (
+            f"the device was resized from {format_size(state.size)} to {format_size(device.size)}"
+        )
+    if state.start != device.start:
+        return f"the partition was moved from byte {state.start} to {device.start}"
+    return None
+
+
+def of_programs(state: DeviceState, programs: dict[str, Program]) -> str | None:
+    """Are they the very programs that the generation began with?"""
+    for name, program in programs.items():
+        if state.programs.get(name) != program.link_id:
+            return f"program {name} was detached and attached anew"
+    return None
+
+
+def of_window(state: DeviceState, kernel: Kernel, maps: set[int]) -> str | None:
+    """Do slot and maps still belong to the device?"""
+    window = kernel.window(state.slot)
+    if window is None or (window.start, window.length, window.granularity) != (
+        state.start,
+        state.size,
+        state.granularity,
+    ):
+        return f"slot {state.slot} of the tracking maps was given to another device"
+    if maps != set(state.maps):
+        return "the dirty maps were replaced"
+    return None
+
+
+def of_counters(stats: dict[str, int]) -> str | None:
+    """Losses that the programs counted; the counters began at zero with the generation."""
+    found = [text.format(n=stats[name]) for name, text in _LOSSES.items() if stats[name]]
+    return "; ".join(found) or None
+
+
+def of_misses(epoch: Epoch, submit: Program, complete: Program, *, bio: bool) -> str | None:
+    """Program runs that the kernel skipped (`recursion_misses`, per program, since 6.1).
+
+    Skipped completions alone are covered by the submitted planes. On bio-based devices a completion
+    tells no range without its submission; on others the two must both be missing.
+    """
+    submits = submit.missed - epoch.submit_missed
+    completes = complete.missed - epoch.complete_missed
+    if bio and submits:
+        return f"the kernel skipped {submits} runs of the program that sees writes begin"
+    if completes and (submits or epoch.submit_unsure):
+        return f"the kernel skipped {submits + completes} runs of both tracking programs"
+    return None

@@ -1,0 +1,145 @@
+"""Beginning and ending the gap-free tracking history of a device.
+
+A generation begins when programs and empty maps are in place and its record is written; it ends with
+the first doubt, which is written with its reason before anything else is done about it. Died between
+the slot and the record: the slot belongs to nobody and the next beginning takes it away.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from blktrack import bitmap, durable
+from blktrack.bpf import abi, layout
+from blktrack.bpf.btf import Btf
+from blktrack.bpf.kernel import Detached, Kernel, Window
+from blktrack.bpf.planes import Geometry
+from blktrack.device import bypasses_bios, device_id
+from blktrack.errors import BlktrackError, Refused, UsageError
+from blktrack.state import BitFile, DeviceState, Doubt, Epoch, Store
+from blktrack.sysfs import BlockDevice, boot_id
+from blktrack.units import KIB, MIB, format_size
+
+MAP_BUDGET = 32 * MIB  # kernel memory for the dirty maps of one device, by default
+_KEPT_DOUBTS = 20
+_DRAIN_SECONDS = 30.0
+
+
+def window_of(device: BlockDevice, granularity: int) -> Window:
+    kind = abi.KIND_REQUEST if device.request_based else abi.KIND_BIO
+    disk = abi.disk_number(*device.disk.number)
+    whole = not device.is_partition
+    return Window(disk, kind, device.start, device.size, granularity, whole)
+
+
+def default_granularity(size: int, block_size: int) -> int:
+    """4 KiB, or the least at which both maps of a device fit the budget."""
+    granularity = max(4 * KIB, block_size)
+    while 2 * Geometry(bitmap.granules_for(size, granularity)).map_bytes > MAP_BUDGET:
+        granularity *= 2
+    return granularity
+
+
+def check_granularity(granularity: int, device: BlockDevice) -> None:
+    if granularity & (granularity - 1) or granularity < device.block_size:
+        raise UsageError(
+            f"granularity {format_size(granularity)} does not suit {device.path}",
+            hint=f"use a power of two of at least {device.block_size} bytes",
+        )
+    if granularity > 64 * MIB:
+        raise UsageError(
+            f"granularity {format_size(granularity)} is more than 64 MiB", hint="use a smaller one"
+        )
+
+
+def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceState:
+    """Start tracking anew, whatever was before. The caller holds the device's lock."""
+    number = device_id(device)
+    state = store.device(number) or DeviceState(number, device.path, device.permanent_name)
+    if granularity:
+        check_granularity(granularity, device)
+    else:
+        granularity = default_granularity(device.size, device.block_size)
+    if bypasses_bios(device):
+        _refuse_rw_page(device)
+    window = window_of(device, granularity)
+    with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
+        with Kernel.install(store.paths.pins, window.kind) as kernel:
+            for slot in kernel.slots(window.disk, window.start):
+                kernel.remove(slot)
+        # Removing the last slot took the programs with it.
+        with Kernel.install(store.paths.pins, window.kind) as kernel:
+            programs = kernel.programs(window.kind)
+            state.slot = kernel.add(window)
+            active, retired = kernel.planes(state.slot, window.geometry)
+            state.maps = [active.id, retired.id]
+    if window.kind == abi.KIND_BIO:
+        _wait_for_unseen_bios(device)
+    submit, complete = (programs[name].missed for name in _names(window.kind))
+    state.path, state.name, state.wanted = device.path, device.permanent_name, True
+    state.boot_id, state.diskseq = boot_id(), device.diskseq
+    state.size, state.start, state.granularity = device.size, device.start, granularity
+    state.generation, state.began = str(uuid.uuid4()), time.time()
+    state.programs = {name: program.link_id for name, program in programs.items()}
+    words = window.geometry.levels[0]
+    BitFile(store.run(number) / "settling", words, create=True).close()
+    epoch = Epoch(state.generation, submit_missed=submit, complete_missed=complete)
+    store.save_epoch(number, epoch)
+    store.save_device(state)
+    return state
+
+
+def end(store: Store, state: DeviceState, reason: str) -> None:
+    """Record a doubt: the generation is over, and every link of the device needs one resync."""
+    if state.generation:
+        state.doubts.append(Doubt(state.generation, reason, time.time()))
+        del state.doubts[:-_KEPT_DOUBTS]
+    state.generation = ""
+    store.save_device(state)
+
+
+def detach(store: Store, state: DeviceState) -> None:
+    """Free the device's slot in the kernel; what is gone already is no error."""
+    with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
+        try:
+            with Kernel(store.paths.pins) as kernel:
+                window = kernel.window(state.slot)
+                if window and (window.start, window.length) == (state.start, state.size):
+                    kernel.remove(state.slot)
+        except Detached:
+            return
+
+
+def _names(kind: int) -> tuple[str, str]:
+    """The submission and the completion program for a kind of device."""
+    return (
+        ("blk_rq_issue", "blk_rq_complete")
+        if kind == abi.KIND_REQUEST
+        else ("blk_bio_queue", "blk_bio_complete")
+    )
+
+
+def _refuse_rw_page(device: BlockDevice) -> None:
+    btf = Btf()
+    try:
+        if layout.has_rw_page(btf):
+            raise Refused(
+                f"{device.path} can be written page by page past the block layer on this kernel",
+                hint="use Linux 6.3 or newer for zram, brd and pmem devices",
+            )
+    finally:
+        btf.close()
+
+
+def _wait_for_unseen_bios(device: BlockDevice) -> None:
+    """Let bios end that were queued before the programs were there: no event tells their range."""
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    while device.in_flight:
+        if time.monotonic() > deadline:
+            raise BlktrackError(
+                f"{device.path} had I/O in flight for {_DRAIN_SECONDS:.0f} s without a pause, so "
+                "tracking cannot begin soundly",
+                hint="try again when the device is less busy",
+            )
+        time.sleep(0.001)

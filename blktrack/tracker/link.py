@@ -1,0 +1,74 @@
+"""The sets of one link: what it has to ship, and how bits move towards the replica.
+
+`pending` collects what drains find; `shipping` is what the sync under way has taken from it. A bit
+leaves `shipping` only when the replica holds its granule durably.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+
+from blktrack import bitmap
+from blktrack.bitmap import Words
+from blktrack.extent import ExtentArray
+from blktrack.state import BitFile, LinkState
+from blktrack.tracker.tracking import Tracking
+
+
+class LinkSets:
+    """Open sets of a link. FileNotFoundError if they are gone and `create` is not set.
+
+    `take` and `fill` are called under the device's lock, so that no drain is in the middle.
+    """
+
+    def __init__(self, tracking: Tracking, link: LinkState, *, create: bool = False) -> None:
+        folder = tracking.store.link_run(tracking.state.id, link.id)
+        self.granularity, self.size = tracking.state.granularity, tracking.state.size
+        self.granules = tracking.window.geometry.granules
+        self.shipping = BitFile(folder / "shipping", tracking.words, create=create)
+        # Made last: drains find a link by this file.
+        self.pending = BitFile(folder / "pending", tracking.words, create=create)
+
+    def take(self) -> ExtentArray:
+        """Move what is pending into the set to ship; all that is to be shipped now."""
+        bitmap.or_into(self.shipping.words, self.pending.words, self.pending.nonzero())
+        self.pending.clear()
+        return self.extents()
+
+    def fill(self) -> None:
+        """Everything has to be shipped or compared."""
+        bitmap.set_range(self.shipping.words, 0, self.granules)
+        self.pending.clear()
+
+    def extents(self) -> ExtentArray:
+        words = self.shipping.words
+        return bitmap.extents(words, self.granularity, self.size, self.shipping.nonzero())
+
+    def shipped(self, done: ExtentArray) -> None:
+        """These extents are durable on the replica."""
+        bitmap.clear_extents(self.shipping.words, self.granularity, self.size, done)
+
+    def all_shipped(self) -> None:
+        self.shipping.clear()
+
+    def union(self, live: Words) -> Words:
+        """What the next sync would ship, `live` being the maps' content, read before this call.
+
+        Bits move from map to `pending` to `shipping`; reading in that order misses none.
+        """
+        found: Words = np.array(live)
+        bitmap.or_into(found, self.pending.words, self.pending.nonzero())
+        bitmap.or_into(found, self.shipping.words, self.shipping.nonzero())
+        return found
+
+    def close(self) -> None:
+        self.pending.close()
+        self.shipping.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

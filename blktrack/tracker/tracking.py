@@ -1,0 +1,179 @@
+"""A tracked device, open: draining its maps into the pending sets of its links.
+
+Open it under the device's lock (`Tracker.hold`), which is never held for longer than a swap takes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from blktrack import bitmap
+from blktrack.bitmap import Words
+from blktrack.bpf import abi
+from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
+from blktrack.errors import BlktrackError
+from blktrack.state import BitFile, DeviceState, Store
+from blktrack.sysfs import BlockDevice
+from blktrack.tracker import doubt, generation
+
+
+class Gap(BlktrackError):
+    """The generation is over: its reason is recorded, and a new one has to begin."""
+
+
+# Why `settling` exists. A completion that the kernel skipped belongs to a write submitted in this
+# epoch or before. Nothing in flight after a swap means that all earlier epochs' writes have ended
+# (a dispatcher still between its issue event and the count of `inflight` keeps the swap waiting, as
+# both lie in one RCU section; where the driver may sleep, the epoch kept in any case covers it).
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The instant at which an epoch closed: the candidate for a point."""
+
+    generation: str
+    epoch: int
+    time: float
+
+
+class Tracking:
+    """Pins, planes and pending sets of one device. Gap if they cannot be trusted any more."""
+
+    def __init__(self, store: Store, state: DeviceState, device: BlockDevice) -> None:
+        self.store, self.state, self.device = store, state, device
+        self.window = generation.window_of(device, state.granularity or 4096)
+        self.kernel: Kernel | None = None
+        reason = None if state.generation else self._last_reason()
+        reason = reason or doubt.of_identity(state, device)
+        epoch = store.epoch(state.id)
+        if reason is None and (epoch is None or epoch.generation != state.generation):
+            reason = f"its state in {store.run(state.id)} is gone"
+        if reason is None:
+            try:
+                reason = self._open()
+            except Detached as error:
+                reason = str(error)
+        if reason is not None:
+            self.close()
+            self._end(reason)
+        assert epoch is not None
+        self.epoch = epoch
+
+    def _last_reason(self) -> str:
+        return self.state.doubts[-1].reason if self.state.doubts else "tracking never began"
+
+    def _end(self, reason: str) -> None:
+        if self.state.generation:
+            generation.end(self.store, self.state, reason)
+        raise Gap(f"{self.device.path}: {reason}")
+
+    def _open(self) -> str | None:
+        self.kernel = Kernel(self.store.paths.pins)
+        self.programs = self.kernel.programs(self.window.kind)
+        if reason := doubt.of_programs(self.state, self.programs):
+            return reason
+        if reason := doubt.of_window(self.state, self.kernel, set(self.state.maps)):
+            return reason
+        self.active, self.retired = self.kernel.planes(self.state.slot, self.window.geometry)
+        return doubt.of_window(self.state, self.kernel, {self.active.id, self.retired.id})
+
+    @property
+    def words(self) -> int:
+        """Words of a bitmap of this device's granules."""
+        return self.window.geometry.levels[0]
+
+    def link_files(self, name: str) -> list[Path]:
+        """This file of every link that takes part in drains."""
+        folder = self.store.run(self.state.id) / "links"
+        return sorted(folder.glob(f"*/{name}")) if folder.is_dir() else []
+
+    def drain(self) -> Swap:
+        """Close the epoch: from here on, changes belong to the next one. Gap if marks were lost."""
+        assert self.kernel
+        if not self.epoch.clear:
+            self._absorb()
+        self.epoch.clear = False
+        self.store.save_epoch(self.state.id, self.epoch)
+        # Read before the swap: what is missed from here on counts for the next epoch too.
+        submit, complete = self._program_pair()
+        self.kernel.swap(self.state.slot, self.retired)
+        at = time.time()
+        self.active, self.retired = self.retired, self.active
+        self._absorb()
+        self.epoch.number += 1
+        self.epoch.submit_missed, self.epoch.complete_missed = submit.missed, complete.missed
+        self.store.save_epoch(self.state.id, self.epoch)
+        return Swap(self.state.generation, self.epoch.number, at)
+
+    def _absorb(self) -> None:
+        """Merge the retired map into every link's pending set, then clear it."""
+        assert self.kernel
+        submit, complete = self._program_pair()
+        reason = doubt.of_counters(self.kernel.stats(self.state.slot)) or doubt.of_misses(
+            self.epoch, submit, complete, bio=self.window.kind == abi.KIND_BIO
+        )
+        if reason:
+            self._end(reason)
+        found = self.retired.nonzero()
+        missed = complete.missed != self.epoch.complete_missed
+        with BitFile(self.store.run(self.state.id) / "settling", self.words) as settling:
+            for path in self.link_files("pending"):
+                with BitFile(path, self.words) as pending:
+                    self.retired.merge_into(abi.COMPLETED, pending.words, found[abi.COMPLETED])
+                    if missed:
+                        self.retired.merge_into(abi.SUBMITTED, pending.words, found[abi.SUBMITTED])
+                        bitmap.or_into(pending.words, settling.words, settling.nonzero())
+            settled = self.device.disk.in_flight == 0
+            if settled:
+                settling.clear()
+            self.retired.merge_into(abi.SUBMITTED, settling.words, found[abi.SUBMITTED])
+        self.retired.clear(found)
+        unsure = self.epoch.submit_unsure and not settled
+        self.epoch.submit_unsure = unsure or submit.missed != self.epoch.submit_missed
+        self.epoch.clear = True
+
+    def _program_pair(self) -> tuple[Program, Program]:
+        """The submission and the completion program as they are now."""
+        assert self.kernel
+        programs = self.kernel.programs(self.window.kind)
+        if reason := doubt.of_programs(self.state, programs):
+            self._end(reason)
+        submit, complete = BY_KIND[self.window.kind]
+        return programs[submit], programs[complete]
+
+    def quiet_since_swap(self) -> bool:
+        """True if no change was submitted since the last drain, and none could have gone unseen."""
+        assert self.kernel
+        submit, _ = self._program_pair()
+        return (
+            not self.active.any_set(abi.SUBMITTED)
+            and submit.missed == self.epoch.submit_missed
+            and doubt.of_counters(self.kernel.stats(self.state.slot)) is None
+        )
+
+    def live(self) -> Words:
+        """Granules changed since the last drain, without a swap: what the maps hold now."""
+        found: Words = np.zeros(self.words, dtype=np.uint64)
+        self.active.merge_into(abi.COMPLETED, found)
+        self.retired.merge_into(abi.COMPLETED, found)
+        return found
+
+    def counters(self) -> dict[str, int]:
+        assert self.kernel
+        return self.kernel.stats(self.state.slot)
+
+    def close(self) -> None:
+        if self.kernel:
+            self.kernel.close()
+            self.kernel = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
