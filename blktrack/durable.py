@@ -17,12 +17,12 @@ from blktrack.errors import BlktrackError, Busy
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace `path`: after a crash at any step it holds the old value or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        make_directory(path.parent)
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
+            file.write(f"{text}\n")
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
@@ -39,13 +39,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The value of `path`, None if there is none. Unreadable content is an error, never a guess."""
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BlktrackError(f"cannot read {path}: {error.strerror}") from error
     try:
-        value = json.loads(text)
+        value = json.loads(raw)
     except ValueError as error:
         raise BlktrackError(
             f"{path} is damaged: {error}",
@@ -54,6 +54,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise BlktrackError(f"{path} is damaged: not an object", hint=f"move {path} away")
     return value
+
+
+def make_directory(path: Path) -> None:
+    """`mkdir -p`, with every new name durable."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -71,8 +79,14 @@ def lock(path: Path, *, what: str, wait: float = 0.0) -> Iterator[None]:
 
     `what` names the thing held, for the message: "device /dev/sdb".
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BlktrackError(
+            f"cannot lock {path}: {error.strerror}",
+            hint="make it writable, or run the command as root",
+        ) from error
     try:
         deadline = time.monotonic() + wait
         while not _try_lock(fd):
