@@ -130,9 +130,7 @@ def _runs(words: Words, index: Indices) -> tuple[Indices, Indices]:
     return first[np.r_[True, ~joined]], end[np.r_[~joined, True]]
 
 
-def extents(
-    words: Words, granularity: int, size: int, index: Indices | None = None
-) -> ExtentArray:
+def extents(words: Words, granularity: int, size: int, index: Indices | None = None) -> ExtentArray:
     """The set bits as coalesced extents in bytes, the last one clipped to `size`."""
     first, end = _runs(words, nonzero(words) if index is None else index)
     if not len(first):
@@ -143,7 +141,7 @@ def extents(
 
 
 def clear_extents(words: Words, granularity: int, size: int, done: ExtentArray) -> None:
-    """Clear the granules that lie wholly inside `done` (a granule cut by `size` counts as whole)."""
+    """Clear the granules wholly inside `done`; one that `size` cuts off counts as whole."""
     for start, length in done.tolist():
         end = start + length
         first = -(-start // granularity)

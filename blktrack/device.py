@@ -10,7 +10,7 @@ from blktrack.sysfs import BlockDevice
 
 
 def source(path: str) -> BlockDevice:
-    """The block device at `path`, if its changes can be seen soundly; else Refused or UsageError."""
+    """The block device at `path`, if its changes can be seen soundly; else Refused."""
     device = BlockDevice.find(path)
     disk = device.disk
     if device.size == 0:
@@ -35,7 +35,7 @@ def source(path: str) -> BlockDevice:
 
 
 def device_id(device: BlockDevice) -> str:
-    """Names the folder of a device's state: the same after a reboot where it has a permanent name."""
+    """Names a device's state: the same after a reboot where it has a permanent name."""
     name = device.permanent_name or f"name:{device.name}"
     label = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-")
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]

@@ -13,6 +13,7 @@ from pathlib import Path
 from blktrack import durable, sysfs
 from blktrack.bpf import kernel, layout, libbpf
 from blktrack.bpf.btf import VMLINUX, Btf
+from blktrack.bpf.compile import import_bcc
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError
 from blktrack.report import Check, DoctorReport
@@ -92,7 +93,7 @@ def _bcc() -> Check:
     return _try(
         "bcc",
         "the system's bcc can be imported",
-        kernel.compile.import_bcc,
+        import_bcc,
         "apt-get install python3-bpfcc, and run blktrack with the system's Python "
         f"(this is {sys.executable})",
     )

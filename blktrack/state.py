@@ -10,10 +10,10 @@
     RUN/devices/ID/links/LINK/pending      granules that changed since the link's last drain
     RUN/devices/ID/links/LINK/shipping     granules that the sync under way has to ship
 
-RUN is lost with a boot, and the generation with it. Sets are bitmaps in shared memory: bits are only
-added, or cleared after they have a safer home, so a process may die between any two stores:
+RUN is lost with a boot, and the generation with it. Sets are bitmaps in shared memory: bits are
+only added, or cleared after they have a safer home, so a process may die between any two stores:
 
-- drain: kernel map -> `pending`, then the map is cleared. Died before: merged again, which adds nothing.
+- drain: kernel map -> `pending`, then the map is cleared. Died before: merged again, adds nothing.
 - take: `pending` -> `shipping`, then `pending` is cleared. Died before: shipped from both, once.
 - ship: replica flushed, then bits of `shipping` are cleared. Died before: shipped again.
 - fill: all bits of `shipping` are set, then LINK.json says so. Died before: filled again.

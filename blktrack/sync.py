@@ -6,23 +6,22 @@ the time of a swap. What was begun and not committed is finished by the next syn
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from blktrack import bitmap, capture, durable, extent
+from blktrack import capture, durable, extent
 from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.report import SyncReport, VerifyReport
 from blktrack.ship.copy import Copied, Mode, copy
-from blktrack.ship.endpoint import Endpoint, open_end
+from blktrack.ship.endpoint import open_end
 from blktrack.ship.replica import Replica
 from blktrack.state import Cursor, DeviceState, LinkState, Store
 from blktrack.sysfs import BlockDevice
@@ -71,24 +70,21 @@ def sync(
     begun = time.monotonic()
     state, device = find(store, path)
     link = _link(store, state, target)
+    held = f"the link {path} -> {target}"
     with (
-        durable.lock(
-            store.link_run(state.id, link.id) / "lock", what=f"the link {path} -> {target}"
-        ),
+        durable.lock(store.link_run(state.id, link.id) / "lock", what=held),
         Replica.open(
             target, source=device, link=link.id, paths=store.paths, force=options.force
         ) as replica,
     ):
-        plan, sets = _prepare(store, device, state.id, link, replica, options)
+        current = _Round(store, device, state.id, link, replica, options)
+        plan, sets = current.prepare()
         with sets:
             observer.phase(plan.mode, extent.total(plan.extents))
-            level, copied = _ship(store, device, state.id, plan, sets, replica, options, observer)
-            _judge(plan, copied, path, target, options)
+            level, copied = current.ship(plan, sets, observer)
+            _judge(plan.mode, copied, path, target, options)
             point = Cursor(plan.swap.generation, plan.swap.epoch, plan.swap.time, level)
-            replica.commit(point)
-            link.cursor, link.phase, link.filled, link.reason = point, "", "", ""
-            store.save_link(state.id, link)
-            sets.all_shipped()
+            current.commit(point, sets)
     report = SyncReport(
         mode=plan.mode,
         reason=plan.reason,
@@ -119,122 +115,123 @@ def _link(store: Store, state: DeviceState, target: str) -> LinkState:
     return LinkState(str(uuid.uuid4()), unique, target)
 
 
-def _prepare(
-    store: Store,
-    device: BlockDevice,
-    number: str,
-    link: LinkState,
-    replica: Replica,
-    options: Options,
-) -> tuple[Plan, LinkSets]:
-    """Close the epoch and decide what this round ships. A gap begins a new generation here."""
-    with hold(store, number, device.path):
-        state = store.device(number)
-        if state is None or not state.wanted:
-            raise NotTracked(f"{device.path} is no longer tracked")
-        tracking, swap = _drained(store, state, device, link, options)
-        with tracking:
-            mode, reason = _mode(state, link, replica, options)
-            sets = None
-            if mode == "incremental" or link.filled == state.generation:
-                try:
-                    sets = LinkSets(tracking, link)
-                except FileNotFoundError:
-                    mode, reason = "resync", "its pending set is gone"
-            if mode == "resync" and options.no_resync:
-                raise ResyncNeeded(
-                    f"{link.target} needs a resync: {reason}", hint="run it without --no-resync"
-                )
-            if sets is None:
-                sets = LinkSets(tracking, link, create=True)
-            if mode == "incremental":
-                extents = sets.take()
-            elif link.filled == state.generation and link.phase == mode:
-                extents = sets.take()  # goes on where it was interrupted
+@dataclass
+class _Round:
+    """One round of one link. `number` is the device's id."""
+
+    store: Store
+    device: BlockDevice
+    number: str
+    link: LinkState
+    replica: Replica
+    options: Options
+
+    def prepare(self) -> tuple[Plan, LinkSets]:
+        """Close the epoch and decide what to ship. A gap begins a new generation here."""
+        link = self.link
+        with hold(self.store, self.number, self.device.path):
+            state = self.store.device(self.number)
+            if state is None or not state.wanted:
+                raise NotTracked(f"{self.device.path} is no longer tracked")
+            tracking, swap = self._drain(state)
+            with tracking:
+                mode, reason = self._mode(tracking.state)
+                resumed = link.phase == mode and link.filled == tracking.state.generation
+                sets = None
+                if mode == "incremental" or resumed:
+                    try:
+                        sets = LinkSets(tracking, link)
+                    except FileNotFoundError:
+                        mode, reason = "resync", "its pending set is gone"
+                if mode == "resync" and self.options.no_resync:
+                    raise ResyncNeeded(
+                        f"{link.target} needs a resync: {reason}", hint="run it without --no-resync"
+                    )
+                if sets is not None:
+                    extents = sets.take()
+                else:
+                    sets = LinkSets(tracking, link, create=True)
+                    sets.fill()
+                    extents = sets.extents()
+                    link.phase, link.filled = mode, tracking.state.generation
+                    link.reason = reason
+                self.store.save_link(self.number, link)
+        if mode == "incremental" and not len(extents):
+            mode = "nothing"
+        return Plan(mode, reason, swap, extents), sets
+
+    def _drain(self, state: DeviceState) -> tuple[Tracking, Swap]:
+        """The tracking just after a swap; after a gap, that of a new generation."""
+        with contextlib.ExitStack() as stack:
+            try:
+                tracking = stack.enter_context(Tracking(self.store, state, self.device))
+                swap = tracking.drain()
+            except Gap as gap:
+                if self.options.no_resync and self.link.cursor is not None:
+                    raise ResyncNeeded(
+                        f"tracking has a gap: {gap}", hint="run it without --no-resync"
+                    ) from gap
             else:
-                sets.fill()
-                link.phase, link.filled, link.reason = mode, state.generation, reason
-                extents = sets.extents()
-            store.save_link(number, link)
-    if mode == "incremental" and not len(extents):
-        mode = "nothing"
-    return Plan(mode, reason, swap, extents), sets
-
-
-def _drained(
-    store: Store, state: DeviceState, device: BlockDevice, link: LinkState, options: Options
-) -> tuple[Tracking, Swap]:
-    """The open tracking just after a swap; after a gap, of a new generation."""
-    try:
-        tracking = Tracking(store, state, device)
+                stack.pop_all()
+                return tracking, swap
+        state = generation.begin(self.store, self.device, state.granularity or None)
+        tracking = Tracking(self.store, state, self.device)
         return tracking, tracking.drain()
-    except Gap as gap:
-        if options.no_resync and link.cursor is not None:
-            raise ResyncNeeded(
-                f"tracking has a gap: {gap}", hint="run it without --no-resync"
-            ) from gap
-    state = generation.begin(store, device, state.granularity or None)
-    tracking = Tracking(store, state, device)
-    return tracking, tracking.drain()
+
+    def _mode(self, state: DeviceState) -> tuple[str, str]:
+        """How to bring the replica up, and why if not the usual way."""
+        if self.options.full:
+            return "initial", "a full copy was asked for"
+        if self.link.cursor is None and not self.replica.holds_point:
+            return "initial", ""
+        if self.options.resync:
+            return "resync", self.options.resync
+        if self.replica.changed:
+            return "resync", self.replica.changed
+        if self.link.cursor is None:
+            return "resync", "the link is new and the replica is not"
+        if reason := resync_reason(state, self.link):
+            return "resync", reason
+        return "incremental", ""
+
+    def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> tuple[str, Copied]:
+        """Copy the planned extents; the consistency of what was read, and what became of it."""
+        level = "none"
+
+        def read_done() -> None:
+            nonlocal level
+            level = capture.consistency(self.store, self.device, self.number, plan.swap)
+
+        if not len(plan.extents):
+            read_done()
+            return level, Copied()
+        self.replica.begin(initial=plan.mode == "initial")
+        with open_end(self.device.path) as source:
+            copied = copy(
+                source,
+                self.replica.end,
+                plan.extents,
+                mode=Mode.REPAIR if plan.mode == "resync" else Mode.COPY,
+                granularity=max(sets.granularity, 4096),
+                progress=observer.done,
+                checkpoint=sets.shipped,
+                read_done=read_done,
+                stop=self.options.stop,
+                limit=self.options.limit,
+                known_zero=self.replica.fresh,
+            )
+        return level, copied
+
+    def commit(self, point: Cursor, sets: LinkSets) -> None:
+        """Replica first, then the link, then what the link no longer has to ship."""
+        self.replica.commit(point)
+        self.link.cursor = point
+        self.link.phase = self.link.filled = self.link.reason = ""
+        self.store.save_link(self.number, self.link)
+        sets.all_shipped()
 
 
-def _mode(
-    state: DeviceState, link: LinkState, replica: Replica, options: Options
-) -> tuple[str, str]:
-    if options.full:
-        return "initial", "a full copy was asked for"
-    if link.cursor is None and not replica.holds_point:
-        return "initial", ""
-    if options.resync:
-        return "resync", options.resync
-    if replica.changed:
-        return "resync", replica.changed
-    if link.cursor is None:
-        return "resync", "the link is new and the replica is not"
-    if reason := resync_reason(state, link):
-        return "resync", reason
-    return "incremental", ""
-
-
-def _ship(
-    store: Store,
-    device: BlockDevice,
-    number: str,
-    plan: Plan,
-    sets: LinkSets,
-    replica: Replica,
-    options: Options,
-    observer: Observer,
-) -> tuple[str, Copied]:
-    """Copy the planned extents; the consistency of what was read, and what became of it."""
-    level = "none"
-
-    def read_done() -> None:
-        nonlocal level
-        level = capture.consistency(store, device, number, plan.swap)
-
-    if not len(plan.extents):
-        read_done()
-        return level, Copied()
-    replica.begin(initial=plan.mode == "initial")
-    with open_end(device.path) as source:
-        copied = copy(
-            source,
-            replica.end,
-            plan.extents,
-            mode=Mode.REPAIR if plan.mode == "resync" else Mode.COPY,
-            granularity=max(sets.granularity, 4096),
-            progress=observer.done,
-            checkpoint=sets.shipped,
-            read_done=read_done,
-            stop=options.stop,
-            limit=options.limit,
-            known_zero=replica.fresh,
-        )
-    return level, copied
-
-
-def _judge(plan: Plan, copied: Copied, path: str, target: str, options: Options) -> None:
+def _judge(mode: str, copied: Copied, path: str, target: str, options: Options) -> None:
     """An incomplete copy is no point: say what is missing. What was shipped stays shipped."""
     if len(copied.failed):
         places = extent.to_list(copied.failed)
@@ -242,14 +239,14 @@ def _judge(plan: Plan, copied: Copied, path: str, target: str, options: Options)
         more = f" and {len(places) - 4} more" if len(places) > 4 else ""
         raise CopyFailed(
             f"{path} could not be read at {shown}{more} "
-            f"({format_size(extent.total(copied.failed))}); the rest was shipped",
-            hint="these extents stay pending: check the disk and run the sync again",
+            f"({format_size(extent.total(copied.failed))})",
+            hint="the rest was dealt with; these extents stay pending: check the disk, try again",
         )
     if copied.interrupted:
         raise Interrupted(
-            f"the {plan.mode} sync of {path} to {target} was interrupted",
+            f"{mode} of {path} and {target} was interrupted",
             signum=options.signum,
-            hint="what was shipped is kept: the next sync goes on from there",
+            hint="what was done is kept: run it again to go on from there",
         )
 
 
@@ -272,10 +269,7 @@ def verify(
             limit=options.limit,
         )
         missing = extent.from_pairs([(size, source.size - size)])
-    if copied.interrupted:
-        raise Interrupted(f"verify of {path} was interrupted", signum=options.signum)
-    if len(copied.failed):
-        _judge(Plan("verify", "", Swap("", 0, 0.0), whole), copied, path, target, options)
+    _judge("verify", copied, path, target, options)
     different = np.concatenate([copied.different, missing])
     return VerifyReport(
         bytes_compared=size,

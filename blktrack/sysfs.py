@@ -134,7 +134,7 @@ class BlockDevice:
 
     @property
     def permanent_name(self) -> str:
-        """What the hardware or the volume manager calls it, the same after a reboot; "" if nothing.
+        """What hardware or volume manager call it, the same after a reboot; "" if nothing.
 
         A loop device is its backing file, a device-mapper one its uuid, others their wwid or serial.
         """
@@ -189,7 +189,7 @@ def filesystem_at(point: Path) -> str:
 
 
 def boot_id() -> str:
-    """A new one with every boot. `BLKTRACK_BOOT_ID` stands in for it, to test what a reboot does."""
+    """A new one with every boot. `BLKTRACK_BOOT_ID` stands in for it, to test a reboot."""
     return os.environ.get("BLKTRACK_BOOT_ID") or (
         _text(Path("/proc/sys/kernel/random/boot_id")) or ""
     )

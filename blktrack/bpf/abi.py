@@ -1,7 +1,7 @@
 """The maps that the kernel programs and Python share: one description, two languages.
 
-The dtypes below are the only definition of each struct; `c_header` writes them as C for the compiler,
-so that the two sides cannot drift apart.
+The dtypes below are the only definition of each struct; `c_header` writes them as C for the
+compiler, so that the two sides cannot drift apart.
 """
 
 from __future__ import annotations

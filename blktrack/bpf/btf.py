@@ -1,7 +1,7 @@
 """Types of the running kernel, read from its BTF through libbpf.
 
-Format: Documentation/bpf/btf.rst. Only what the programs need: members of structs by path, values of
-enums, and the arguments of tracepoints.
+Format: Documentation/bpf/btf.rst. Only what the programs need: members of structs by path, values
+of enums, and the arguments of tracepoints.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Btf:
             number = self._type(number).type
         if self._kind(number) != _PROTO:
             raise KeyError(tracepoint)
-        every = [Parameter(self._name(p.name), self._pointee(p.type)) for p in self._parts(number, 2)]
+        every = [
+            Parameter(self._name(p.name), self._pointee(p.type)) for p in self._parts(number, 2)
+        ]
         return every[1:]  # the first is the tracepoint's own private pointer
 
     def _type(self, number: int) -> _Type:

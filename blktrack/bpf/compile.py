@@ -18,7 +18,7 @@ _HEADERS = _HERE / "headers"  # stands in for the kernel headers that bcc looks 
 
 
 def source(facts: Mapping[str, int | str], maps: Mapping[str, int]) -> str:
-    """The program text: shared structs, facts of the running kernel, map descriptors, `track.c`."""
+    """The program text: shared structs, the kernel's facts, map descriptors, `track.c`."""
     defines = "".join(f"#define {name} {value}\n" for name, value in facts.items())
     defines += "".join(f"#define FD_{name.upper()} {fd}\n" for name, fd in maps.items())
     return f"{abi.c_header()}{defines}{(_HERE / 'track.c').read_text()}"
@@ -31,10 +31,10 @@ def fingerprint() -> str:
 
 
 def import_bcc() -> tuple[type[Any], Any]:
-    """bcc's BPF class and its C library. ImportError where the system's bcc is not to be had."""
+    """bcc's BPF class and its C library. ImportError where the system's bcc is missing."""
     os.environ["BCC_KERNEL_SOURCE"] = str(_HEADERS)
-    from bcc import BPF  # noqa: PLC0415 - loads LLVM; only `track` compiles
-    from bcc.libbcc import lib  # noqa: PLC0415
+    from bcc import BPF  # loads LLVM; only `track` compiles
+    from bcc.libbcc import lib
 
     return BPF, lib
 

@@ -4,8 +4,8 @@
     PINS/TEXT/link_NAME                        an attached program each
     PINS/TEXT/slot_N_a, slot_N_b               the two inner maps of the device in slot N
 
-TEXT is the fingerprint of the program text, so that another version of blktrack never reads maps that
-it does not understand; installing one takes the other away.
+TEXT is the fingerprint of the program text, so that another version of blktrack never reads maps
+that it does not understand; installing one takes the other away.
 
 Made in this order, undone in reverse: maps, then programs, then a slot. A death in between leaves
 less than a whole; opening it then tells what is missing and `install` makes it anew.
@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blktrack import sysfs
-from blktrack.bpf import abi, compile, layout, libbpf
+from blktrack.bpf import abi, layout, libbpf
 from blktrack.bpf.btf import Btf
+from blktrack.bpf.compile import compile_programs, fingerprint, source
 from blktrack.bpf.planes import Geometry, Planes, possible_cpus, read_stats
 from blktrack.errors import BlktrackError
 from blktrack.units import SECTOR
@@ -79,7 +80,7 @@ class Kernel:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.pins = pins = root / compile.fingerprint()
+        self.pins = pins = root / fingerprint()
         self._fds: dict[str, int] = {}
         try:
             for name in _MAPS:
@@ -94,7 +95,7 @@ class Kernel:
     def install(cls, root: Path, kind: int) -> Self:
         """Attach the programs for `kind` of device, making maps and pins as needed."""
         mount_bpffs(root.parent)
-        pins = root / compile.fingerprint()
+        pins = root / fingerprint()
         if not all((pins / name).exists() for name in _MAPS):
             remove(root)
             pins.mkdir(mode=0o700, parents=True)
@@ -109,7 +110,7 @@ class Kernel:
         return kernel
 
     def _attach(self, names: tuple[str, ...]) -> None:
-        """Load all, then attach completions before submissions: what is seen to begin is seen to end."""
+        """Load all, then attach completions first: what is seen to begin is then seen to end."""
         links: dict[str, int] = {}
         programs: dict[str, int] = {}
         try:
@@ -282,7 +283,7 @@ def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
     btf = Btf()
     loaded: dict[str, int] = {}
     try:
-        code = compile.compile_programs(compile.source(layout.constants(btf), maps))
+        code = compile_programs(source(layout.constants(btf), maps))
         for name in names:
             target = btf.tracepoint(layout.PROGRAMS[name])
             loaded[name] = libbpf.load_program(name, code[name], target)
@@ -326,7 +327,12 @@ def make_maps() -> dict[str, int]:
     try:
         template = create_inner(Geometry(1))
         fds["windows"] = libbpf.create_map(
-            libbpf.MAP_ARRAY, "blktrack_windows", 4, abi.WINDOWS.itemsize, 1, flags=libbpf.F_MMAPABLE
+            libbpf.MAP_ARRAY,
+            "blktrack_windows",
+            4,
+            abi.WINDOWS.itemsize,
+            1,
+            flags=libbpf.F_MMAPABLE,
         )
         fds["planes"] = libbpf.create_map(
             libbpf.MAP_ARRAY_OF_MAPS, "blktrack_planes", 4, 4, abi.SLOTS, inner=template

@@ -1,7 +1,7 @@
 """The few functions of libbpf that blktrack calls, typed. Failures are OSError with errno set.
 
-bcc depends on libbpf, so wherever bcc is installed this is too; loading it alone takes a millisecond,
-where importing bcc (and LLVM with it) takes fifty.
+bcc depends on libbpf, so wherever bcc is installed this is too; loading it alone takes a
+millisecond, where importing bcc (and LLVM with it) takes fifty.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""The dirty map of one device: two planes of radix-64 levels in one kernel array (see `track.h`)."""
+"""The dirty map of one device: two planes of radix-64 levels in one kernel array (`track.h`)."""
 
 from __future__ import annotations
 
 import ctypes as ct
 import mmap
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,14 +48,18 @@ class Geometry:
 
 
 class Planes:
-    """One inner map in memory: shared with the kernel, no copy. `id` tells maps apart."""
+    """One inner map in memory: shared with the kernel, no copy."""
 
     def __init__(self, fd: int, geometry: Geometry) -> None:
         self.geometry = geometry
         self.fd = fd
-        self.id: int = libbpf.info(fd, libbpf.MapInfo).id
         self._memory = mmap.mmap(fd, 2 * geometry.plane_words * 8)
         self._words: Words = np.frombuffer(self._memory, dtype=np.uint64)
+
+    @cached_property
+    def id(self) -> int:
+        """The kernel's number of the map, which tells maps apart."""
+        return int(libbpf.info(self.fd, libbpf.MapInfo).id)
 
     def plane(self, number: int) -> Words:
         """All levels of a plane, raw."""
@@ -66,7 +71,7 @@ class Planes:
         return [bitmap.nonzero(self.plane(number)) for number in (abi.SUBMITTED, abi.COMPLETED)]
 
     def merge_into(self, number: int, target: Words, index: Indices | None = None) -> None:
-        """Add the granules of a plane to the bitmap `target`; `index` are its words that are set."""
+        """Add the granules of a plane to the bitmap `target`; `index` are its set words."""
         plane = self.plane(number)
         if index is None:
             index = bitmap.nonzero(plane)
@@ -87,7 +92,7 @@ class Planes:
         return bitmap.any_set(self.plane(number))
 
     def clear(self, found: list[Indices]) -> None:
-        """Zero the words `found` set. Only for a retired map: a program's later marks would be lost."""
+        """Zero the words `found` set. Only for a retired map: later marks would be lost."""
         for number, index in enumerate(found):
             self.plane(number)[index] = 0
 
@@ -105,6 +110,8 @@ def possible_cpus() -> int:
 def read_stats(fd: int, slot: int) -> dict[str, int]:
     """Counters of a slot, summed over the CPUs."""
     cpus = possible_cpus()
-    raw = libbpf.lookup(fd, ct.c_uint32(slot).value.to_bytes(4, "little"), cpus * abi.STATS.itemsize)
+    raw = libbpf.lookup(
+        fd, ct.c_uint32(slot).value.to_bytes(4, "little"), cpus * abi.STATS.itemsize
+    )
     values = np.frombuffer(raw or b"", dtype=abi.STATS)
     return {name: int(values[name].sum()) for name in abi.STATS.names or ()}

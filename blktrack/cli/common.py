@@ -67,7 +67,7 @@ def instant(seconds: float) -> str:
 
 @contextlib.contextmanager
 def stoppable(options: Options) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the copy after what is in flight; a second one ends at once."""
+    """SIGINT, SIGTERM and SIGHUP end the copy after what is in flight; a second one at once."""
 
     def on_signal(number: int, _: FrameType | None) -> None:
         if options.stop.is_set():

@@ -1,6 +1,6 @@
 """Say what this host can do, each failure with its remedy. Exit code 1 if anything fails.
 
-  blktrack doctor
+blktrack doctor
 """
 
 from __future__ import annotations

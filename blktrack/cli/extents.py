@@ -1,7 +1,7 @@
 """List what the next sync would ship: start and length in bytes, one extent a line.
 
-  blktrack extents /dev/sdb
-  blktrack extents /dev/sdb --target /backup/sdb.img --json
+blktrack extents /dev/sdb
+blktrack extents /dev/sdb --target /backup/sdb.img --json
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Progress of long operations on standard error: a bar on a terminal, a line now and then in a log."""
+"""Progress of long operations on standard error: a bar on a terminal, now and then a line in a log."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Watcher:
     def _show_bar(self, count: int) -> None:
         if self._bar is None:
             # rich takes a tenth of a second to load: only for who waits anyway.
-            from rich.console import Console  # noqa: PLC0415
-            from rich.progress import (  # noqa: PLC0415
+            from rich.console import Console
+            from rich.progress import (
                 BarColumn,
                 DownloadColumn,
                 Progress,

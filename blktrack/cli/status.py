@@ -1,7 +1,7 @@
 """Show devices and their replicas: state, pending bytes, lag, doubts.
 
-  blktrack status
-  blktrack status /dev/sdb --json
+blktrack status
+blktrack status /dev/sdb --json
 """
 
 from __future__ import annotations

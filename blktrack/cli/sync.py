@@ -48,9 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = Options(
-        full=args.full, no_resync=args.no_resync, limit=args.limit, force=args.force
-    )
+    options = Options(full=args.full, no_resync=args.no_resync, limit=args.limit, force=args.force)
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report, _ = sync(store(), args.device, args.target, options, watcher)
     if args.json:

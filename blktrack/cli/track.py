@@ -1,7 +1,7 @@
 """Begin to track a device's changes. A second call changes nothing.
 
-  blktrack track /dev/sdb
-  blktrack track /dev/vg0/data --granularity 64K
+blktrack track /dev/sdb
+blktrack track /dev/vg0/data --granularity 64K
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--granularity",
         type=size,
         metavar="SIZE",
-        help="bytes per dirty bit, a power of two (default: 4K, or what fits 32 MiB of kernel memory)",
+        help="bytes per dirty bit, a power of two (default: 4K, or what fits 32 MiB of memory)",
     )
     add_json(parser)
     add_quiet(parser)

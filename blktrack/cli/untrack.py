@@ -1,6 +1,6 @@
 """Stop tracking a device. Its replicas stay; the next sync after a new track is a resync.
 
-  blktrack untrack /dev/sdb
+blktrack untrack /dev/sdb
 """
 
 from __future__ import annotations

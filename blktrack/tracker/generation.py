@@ -1,8 +1,8 @@
 """Beginning and ending the gap-free tracking history of a device.
 
-A generation begins when programs and empty maps are in place and its record is written; it ends with
-the first doubt, which is written with its reason before anything else is done about it. Died between
-the slot and the record: the slot belongs to nobody and the next beginning takes it away.
+A generation begins when programs and empty maps are in place and its record is written; it ends
+with the first doubt, which is written with its reason before anything else is done about it. Died
+between the slot and the record: the slot belongs to nobody and the next beginning takes it away.
 """
 
 from __future__ import annotations

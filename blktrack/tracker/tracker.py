@@ -73,7 +73,7 @@ def track(store: Store, path: str, granularity: int | None) -> TrackReport:
 
 def untrack(store: Store, path: str) -> None:
     """Detach. What links had to ship is forgotten, so their next sync will be a resync."""
-    state, device = _find_any(store, path)
+    state, _ = _find_any(store, path)
     with hold(store, state.id, path):
         generation.end(store, state, "it was untracked")
         generation.detach(store, state)
