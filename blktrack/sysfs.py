@@ -14,12 +14,14 @@ from blktrack.errors import UsageError
 from blktrack.units import SECTOR
 
 SYSFS = Path("/sys")
+MOUNTINFO = Path("/proc/self/mountinfo")
 BY_NAME = ("by-id", "by-partuuid")  # links of /dev/disk that follow the medium, best first
 
 
 def _text(path: Path) -> str | None:
+    """Names in it may be any bytes, as file names may."""
     try:
-        return path.read_text().strip()
+        return os.fsdecode(path.read_bytes()).rstrip("\n")
     except OSError:
         return None
 
@@ -176,7 +178,7 @@ class Mount(NamedTuple):
 def mounts() -> list[Mount]:
     """This namespace's mounts, in the order they were made (proc_pid_mountinfo(5))."""
     found = []
-    for line in (_text(Path("/proc/self/mountinfo")) or "").splitlines():
+    for line in filter(None, (_text(MOUNTINFO) or "").split("\n")):
         fields = line.split(" ")
         point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4]))
         found.append(Mount(fields[2], point, fields[fields.index("-") + 1]))
