@@ -38,10 +38,11 @@ FLOORS = {
     "ship.endpoint": 3,
     "ship.worker": 3,
     "tracker": 3,
-    "capture": 3,
-    "sync": 4,
-    "cli": 5,
-    "__main__": 6,  # python -m blktrack: calls cli
+    "doctor": 3,
+    "capture": 4,
+    "sync": 5,
+    "cli": 6,
+    "__main__": 7,  # python -m blktrack: calls cli
 }
 
 # Who alone may import what from outside: the rooms that may, by the module that they import.
