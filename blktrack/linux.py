@@ -158,10 +158,8 @@ class Buffer:
         self.size = -(-size // PAGE) * PAGE
         self._map = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if self.size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without huge pages; small ones do
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without huge pages; small ones do
-                pass
         self.view = memoryview(self._map)
         self.array = np.frombuffer(self._map, dtype=np.uint8)
         self.address = int(self.array.ctypes.data)
@@ -173,13 +171,13 @@ class Buffer:
             return True
         at = self.address + start
         # Each byte equals the one before it, and the first is zero.
-        return not self.view[start] and _memcmp(at, at + 1, length - 1) == 0
+        return not self.view[start] and int(_memcmp(at, at + 1, length - 1)) == 0
 
     def equal(self, start: int, length: int, other: Buffer, other_start: int) -> bool:
         """Whether two ranges hold the same bytes."""
         self._check(start, length)
         other._check(other_start, length)
-        return _memcmp(self.address + start, other.address + other_start, length) == 0
+        return int(_memcmp(self.address + start, other.address + other_start, length)) == 0
 
     def _check(self, start: int, length: int) -> None:
         if start < 0 or length < 0 or start + length > self.size:
@@ -192,7 +190,7 @@ def is_zero(data: memoryview | bytes) -> bool:
     if not len(array):
         return True
     at = int(array.ctypes.data)
-    return array[0] == 0 and _memcmp(at, at + 1, len(array) - 1) == 0
+    return int(array[0]) == 0 and int(_memcmp(at, at + 1, len(array) - 1)) == 0
 
 
 def equal(one: memoryview | bytes, other: memoryview | bytes) -> bool:

@@ -1,9 +1,9 @@
 """The two ends of a copy: a block device or a file, read and written past the page cache.
 
-A buffered read of a mounted device can return what its file system replaced long ago, so devices are
-only ever met with O_DIRECT. Files are too where their file system can; the part of a range that its
-direct I/O cannot express, or all of it, goes through a second, buffered descriptor. The two never
-meet in one page: a page is direct only if one range covers it whole.
+A buffered read of a mounted device can return what its file system replaced long ago, so devices
+are only ever met with O_DIRECT. Files are too where their file system can; the part of a range that
+its direct I/O cannot express, or all of it, goes through a second, buffered descriptor. The two
+never meet in one page: a page is direct only if one range covers it whole.
 
 An end serves several threads at once.
 """
@@ -38,7 +38,7 @@ _HINTS = {
     errno.EIO: "the medium or its connection fails: see the kernel log, then replace or check it",
     errno.EBUSY: "end what uses it, then run the command again",
     errno.EACCES: "run as root, and make it writable",
-    errno.EPERM: "run as root; an immutable file needs `chattr -i`, a device may be write-protected",
+    errno.EPERM: "run as root, and take off its write protection (of a file, see lsattr)",
     errno.EROFS: "make it writable",
     errno.ENXIO: "the device is gone or has shrunk: connect it, then run the command again",
     errno.ENODEV: "the device is gone: connect it, then run the command again",
@@ -217,7 +217,7 @@ class DeviceEnd(Endpoint):
 
 
 class FileEnd(Endpoint):
-    """A regular file, locked while it is open: shared to read, alone to write (Busy if it is held)."""
+    """A regular file, locked while it is open, alone if to be written. Busy if another holds it."""
 
     def __init__(self, path: str, *, writable: bool = False) -> None:
         mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC

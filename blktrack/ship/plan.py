@@ -24,7 +24,7 @@ Batch = list[Piece]
 
 
 def batches(extents: ExtentArray, chunk: int) -> Iterator[Batch]:
-    """Every extent once, in order, cut at multiples of `chunk`; a batch fits a buffer of `chunk`."""
+    """Every extent once, in order, cut at multiples of `chunk`; a batch fits a buffer that big."""
     batch: Batch = []
     used = 0
     for row in range(0, len(extents), _ROWS):
