@@ -16,7 +16,8 @@ from blktrack.bpf.libbpf import library
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
 # BTF_KIND_*
-_PTR, _STRUCT, _UNION, _ENUM, _TYPEDEF, _VOLATILE, _CONST, _PROTO = 2, 4, 5, 6, 8, 9, 10, 13
+_PTR, _STRUCT, _UNION, _ENUM, _TYPEDEF, _PROTO = 2, 4, 5, 6, 8, 13
+_QUALIFIERS = {_TYPEDEF, 9, 10, 11, 18}  # VOLATILE, CONST, RESTRICT, TYPE_TAG
 
 
 class _Type(ct.Structure):
@@ -82,7 +83,7 @@ class Btf:
                 raise KeyError(f"{struct}.{path}")
             bits, number = found
             if bits % 8:
-                raise KeyError(f"{struct}.{path} is a bit field")
+                raise KeyError(f"byte offset of {struct}.{path}, a bit field")
             total += bits // 8
         return total
 
@@ -131,7 +132,7 @@ class Btf:
             yield _Member(raw[0], raw[1], raw[2] if words == 3 else 0)
 
     def _resolve(self, number: int) -> int:
-        while self._kind(number) in (_TYPEDEF, _VOLATILE, _CONST):
+        while self._kind(number) in _QUALIFIERS:
             number = self._type(number).type
         return number
 
@@ -151,6 +152,8 @@ class Btf:
         for member in self._parts(number, 3):
             bits = member.offset & 0xFFFFFF if flag else member.offset
             own = self._name(member.name)
+            if own == name and flag and member.offset >> 24:
+                raise KeyError(f"byte offset of {name}, a bit field")
             if own == name:
                 return bits, member.type
             if not own and (inner := self._member(member.type, name)):
