@@ -35,7 +35,6 @@ FLOORS = {
     "state": 2,
     "ship": 2,
     "ship.copy": 3,
-    "ship.endpoint": 3,
     "ship.worker": 3,
     "tracker": 3,
     "doctor": 3,

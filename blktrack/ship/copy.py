@@ -1,9 +1,9 @@
 """The copy engine: extents from one end to the other, several requests in flight.
 
 Each of a few threads takes a batch of requests, reads it into its own buffer and writes it, so that
-reads of one overlap writes of another and memory is bounded. Small requests of a batch are in flight
-all at once. The calling thread only counts, reports and makes durable; every callback runs in it.
-The first error ends the copy.
+reads of one overlap writes of another and memory is bounded. The requests of a batch are in flight
+together. The calling thread only counts, reports and makes durable; every callback runs in it. The
+first error ends the copy.
 """
 
 from __future__ import annotations
