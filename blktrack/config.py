@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ class Paths:
                 Path("/var/lib/blktrack"),
                 Path("/etc/blktrack/blktrack.toml"),
             )
+        import hashlib  # 25 ms that only this case needs
+
         base = Path(root).resolve()
         tag = hashlib.sha256(str(base).encode()).hexdigest()[:12]
         return cls(

@@ -6,7 +6,6 @@
     RUN/devices/ID/lock                    held while maps are swapped and merged, never for long
     RUN/devices/ID/epoch.json              epoch, is the retired map clear, misses accounted for
     RUN/devices/ID/settling                submitted granules whose completion may still be ahead
-    RUN/devices/ID/links/LINK/lock         held for a whole sync
     RUN/devices/ID/links/LINK/pending      granules that changed since the link's last drain
     RUN/devices/ID/links/LINK/shipping     granules that the sync under way has to ship
 
@@ -34,6 +33,7 @@ from blktrack import bitmap, durable, linux
 from blktrack.bitmap import Indices, Words
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError
+from blktrack.point import Point
 
 _FORMAT = 1
 
@@ -71,23 +71,13 @@ class DeviceState:
 
 
 @dataclass
-class Cursor:
-    """The last point that the replica committed."""
-
-    generation: str
-    epoch: int
-    time: float
-    consistency: str
-
-
-@dataclass
 class LinkState:
     """One source and one replica."""
 
     id: str
     name: str
     target: str
-    cursor: Cursor | None = None
+    cursor: Point | None = None  # the last point that the replica committed
     phase: str = ""  # "initial" or "resync" while one is under way
     filled: str = ""  # generation in which `shipping` was filled for that phase
     reason: str = ""  # why a resync
@@ -198,7 +188,7 @@ class Store:
         if raw is None:
             return None
         link = _known(LinkState, raw)
-        link.cursor = _known(Cursor, raw["cursor"]) if raw.get("cursor") else None
+        link.cursor = _known(Point, raw["cursor"]) if raw.get("cursor") else None
         return link
 
     def save_link(self, device: str, link: LinkState) -> None:

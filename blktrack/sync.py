@@ -1,6 +1,6 @@
 """One sync round: drain, plan, copy, commit.
 
-Locks are taken in this order: the replica (and with it the link) for the whole sync, the device for
+Locks are taken in this order: the replica, and with it the link, for the whole sync; the device for
 the time of a swap. What was begun and not committed is finished by the next sync: see `state`.
 """
 
@@ -9,21 +9,23 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import uuid
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from blktrack import capture, durable, extent
+from blktrack import capture, extent
 from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
+from blktrack.point import Point
 from blktrack.report import SyncReport, VerifyReport
 from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import open_end
+from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
-from blktrack.state import Cursor, DeviceState, LinkState, Store
+from blktrack.state import DeviceState, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
 from blktrack.tracker.link import LinkSets
@@ -69,21 +71,23 @@ def sync(
     """Bring the replica at `target` to a point of the device at `path`."""
     begun = time.monotonic()
     state, device = find(store, path)
-    link = _link(store, state, target)
-    held = f"the link {path} -> {target}"
-    with (
-        durable.lock(store.link_run(state.id, link.id) / "lock", what=held),
-        Replica.open(
-            target, source=device, link=link.id, paths=store.paths, force=options.force
-        ) as replica,
-    ):
+    known = _find_link(store, state.id, target)
+    with Replica.open(
+        target,
+        source=device,
+        link=known.id if known else None,
+        paths=store.paths,
+        force=options.force,
+    ) as replica:
+        # Read anew: whoever had the replica until now may have moved the cursor.
+        link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
         current = _Round(store, device, state.id, link, replica, options)
         plan, sets = current.prepare()
         with sets:
             observer.phase(plan.mode, extent.total(plan.extents))
             level, copied = current.ship(plan, sets, observer)
             _judge(plan.mode, copied, path, target, options)
-            point = Cursor(plan.swap.generation, plan.swap.epoch, plan.swap.time, level)
+            point = Point(plan.swap.epoch, plan.swap.generation, plan.swap.time, level)
             current.commit(point, sets)
     report = SyncReport(
         mode=plan.mode,
@@ -103,16 +107,17 @@ def sync(
     return report, copied
 
 
-def _link(store: Store, state: DeviceState, target: str) -> LinkState:
-    """The link of this device to this target, known or new."""
-    links = store.links(state.id)
-    for link in links:
-        if link.target == target:
-            return link
-    name = Path(target).name or "replica"
-    taken = {link.name for link in links}
-    unique = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 999))) if n not in taken)
-    return LinkState(str(uuid.uuid4()), unique, target)
+def _find_link(store: Store, number: str, target: str) -> LinkState | None:
+    return next((link for link in store.links(number) if link.target == target), None)
+
+
+def _new_link(store: Store, number: str, target: str, replica: Replica) -> LinkState:
+    base = name = Path(target).name
+    taken = {link.name for link in store.links(number)}
+    number_of = count(2)
+    while name in taken:
+        name = f"{base}-{next(number_of)}"
+    return LinkState(replica.link, name, target)
 
 
 @dataclass
@@ -136,7 +141,12 @@ class _Round:
             tracking, swap = self._drain(state)
             with tracking:
                 mode, reason = self._mode(tracking.state)
-                resumed = link.phase == mode and link.filled == tracking.state.generation
+                resumed = (
+                    link.phase == mode
+                    and link.filled == tracking.state.generation
+                    and self.replica.record is not None
+                    and not self.replica.changed
+                )
                 sets = None
                 if mode == "incremental" or resumed:
                     try:
@@ -155,6 +165,8 @@ class _Round:
                     extents = sets.extents()
                     link.phase, link.filled = mode, tracking.state.generation
                     link.reason = reason
+                    if mode == "initial":
+                        link.cursor = None
                 self.store.save_link(self.number, link)
         if mode == "incremental" and not len(extents):
             mode = "nothing"
@@ -180,16 +192,19 @@ class _Round:
 
     def _mode(self, state: DeviceState) -> tuple[str, str]:
         """How to bring the replica up, and why if not the usual way."""
+        record = self.replica.record
         if self.options.full:
             return "initial", "a full copy was asked for"
-        if self.link.cursor is None and not self.replica.holds_point:
-            return "initial", ""
+        if record is None:
+            return "initial", "the replica is new" if self.link.cursor else ""
+        if self.link.phase == "initial" and record.point is None:
+            return "initial", self.link.reason
         if self.options.resync:
             return "resync", self.options.resync
         if self.replica.changed:
-            return "resync", self.replica.changed
+            return "resync", f"the replica is not as it was left: {self.replica.changed}"
         if self.link.cursor is None:
-            return "resync", "the link is new and the replica is not"
+            return "resync", "the replica was made by a link that is not known here"
         if reason := resync_reason(state, self.link):
             return "resync", reason
         return "incremental", ""
@@ -205,7 +220,8 @@ class _Round:
         if not len(plan.extents):
             read_done()
             return level, Copied()
-        self.replica.begin(initial=plan.mode == "initial")
+        between = State.APPLYING if plan.mode == "incremental" else State.UNFINISHED
+        self.replica.begin(between, plan.swap.generation)
         with open_end(self.device.path) as source:
             copied = copy(
                 source,
@@ -218,11 +234,11 @@ class _Round:
                 read_done=read_done,
                 stop=self.options.stop,
                 limit=self.options.limit,
-                known_zero=self.replica.fresh,
+                known_zero=self.replica.blank,
             )
         return level, copied
 
-    def commit(self, point: Cursor, sets: LinkSets) -> None:
+    def commit(self, point: Point, sets: LinkSets) -> None:
         """Replica first, then the link, then what the link no longer has to ship."""
         self.replica.commit(point)
         self.link.cursor = point

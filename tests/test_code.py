@@ -24,6 +24,7 @@ FLOORS = {
     "units": 0,
     "errors": 0,
     "extent": 0,
+    "point": 0,
     "bitmap": 1,
     "linux": 1,
     "sysfs": 1,

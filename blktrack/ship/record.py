@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from blktrack.durable import read_json, write_json
 from blktrack.errors import BlktrackError
+from blktrack.point import Point
 from blktrack.ship.endpoint import Endpoint
 from blktrack.sysfs import BlockDevice, boot_id
 
@@ -50,16 +51,6 @@ class Origin:
         if self.name and name:
             return self.name == name
         return os.path.realpath(self.device) == os.path.realpath(source.path)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A state of the source that the replica holds."""
-
-    epoch: int
-    generation: str
-    time: float  # seconds since 1970 at which the source was so
-    consistency: str  # "none", "crash" or "filesystem"
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ from blktrack import linux
 from blktrack.config import Paths
 from blktrack.durable import lock, sync_directory
 from blktrack.errors import Refused
+from blktrack.point import Point
+from blktrack.point import Point
 from blktrack.ship.claim import open_device, open_file
 from blktrack.ship.endpoint import Endpoint, FileEnd
-from blktrack.ship.record import Origin, Point, Record, Seal, State
+from blktrack.ship.record import Origin, Record, Seal, State
 from blktrack.ship.target import Signature, Target, check, signature
 from blktrack.sysfs import BlockDevice, boot_id
-
-__all__ = ["Origin", "Point", "Record", "Replica", "State", "inspect"]
 
 RECORD = "replica.json"
 
