@@ -10,6 +10,8 @@ from hypothesis import settings
 
 from tests.needs import PROBES, Needs
 
+pytest_plugins = ["tests.loopdev"]
+
 # A shared machine may stall any single example; the time limit of a test is pytest-timeout's.
 settings.register_profile("blktrack", deadline=None, print_blob=True)
 settings.load_profile("blktrack")

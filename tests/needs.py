@@ -76,6 +76,15 @@ def zram() -> str:
     return ""
 
 
+def fuse() -> str:
+    """The kernel's side of FUSE; the tests bring their own server."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/fuse: {error.strerror}"
+    return ""
+
+
 def filesystem(name: str) -> str:
     """The kernel knows the file system `name` and mkfs can make one."""
     if reason := tool(f"mkfs.{name}"):
@@ -100,6 +109,7 @@ PROBES: dict[str, Probe] = {
     "loop": loop,
     "bpf": bpf,
     "zram": zram,
+    "fuse": fuse,
     "ext4": functools.partial(filesystem, "ext4"),
     "xfs": functools.partial(filesystem, "xfs"),
     **{

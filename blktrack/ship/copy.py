@@ -20,12 +20,13 @@ from blktrack.extent import ExtentArray, empty, from_pairs, total
 from blktrack.ship.endpoint import Endpoint
 from blktrack.ship.limit import RateLimit
 from blktrack.ship.plan import batches, chunk_for
-from blktrack.ship.worker import Crew, Mode, Outcome, Pairs, ReadsEnded
+from blktrack.ship.worker import Crew, Event, Mode, Outcome, Pairs, ReadsEnded
 
 __all__ = ["CHUNK", "THREADS", "Copied", "Mode", "copy"]
 
 THREADS = 4
 CHUNK = 4 << 20  # bytes of a buffer; a comparison needs two per thread: 32 MiB in all
+_PATIENCE = 0.5  # seconds without news after which the calling thread looks up
 
 
 @dataclass
@@ -119,10 +120,9 @@ def _follow(
     """Take in the events of the threads until all have ended; the first error."""
     error: BaseException | None = None
     while running:
-        try:
-            event = crew.events.get(timeout=ledger.patience())
-        except queue.Empty:
-            event = Outcome()
+        event: Event = Outcome()
+        with contextlib.suppress(queue.Empty):  # a slow disk must not keep a checkpoint waiting
+            event = crew.events.get(timeout=_PATIENCE)
         if event is None:
             running -= 1
         elif isinstance(event, Outcome):
@@ -173,12 +173,9 @@ class _Ledger:
         if self._writes:
             self._done += outcome.done
 
-    def patience(self) -> float:
-        """Seconds until it is time to look up."""
-        return max(0.0, min(1.0, self._settled + self._interval - time.monotonic()))
-
     def due(self) -> bool:
-        return self._checkpoint is not None and (time.monotonic() - self._settled >= self._interval)
+        waited = time.monotonic() - self._settled
+        return self._checkpoint is not None and bool(self._done) and waited >= self._interval
 
     def settle(self) -> None:
         """Make what was done durable and report it."""

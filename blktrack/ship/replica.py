@@ -30,7 +30,6 @@ from blktrack.config import Paths
 from blktrack.durable import lock, sync_directory
 from blktrack.errors import Refused
 from blktrack.point import Point
-from blktrack.point import Point
 from blktrack.ship.claim import open_device, open_file
 from blktrack.ship.endpoint import Endpoint, FileEnd
 from blktrack.ship.record import Origin, Record, Seal, State
