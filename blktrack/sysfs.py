@@ -138,7 +138,7 @@ class BlockDevice:
     def permanent_name(self) -> str:
         """What hardware or volume manager call it, the same after a reboot; "" if nothing.
 
-        A loop device is its backing file, a device-mapper one its uuid, others their wwid or serial.
+        A loop device is its backing file, a device-mapper one its uuid, others wwid or serial.
         """
         disk = self.disk.sys
         suffix = f"-part{_number(self.sys / 'partition')}" if self.is_partition else ""

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from tests.needs import PROBES, Needs
 
-pytest_plugins = ["tests.loopdev"]
+pytest_plugins = ["tests.blockdev", "tests.loopdev"]
 
 # A shared machine may stall any single example; the time limit of a test is pytest-timeout's.
 settings.register_profile("blktrack", deadline=None, print_blob=True)

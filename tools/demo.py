@@ -189,16 +189,16 @@ def demonstrate(folder: Path, cleanup: contextlib.ExitStack) -> None:
         "now files are rewritten and rows are committed to a database, all the time"
     )
     work.start()
-    syncs = [("1, initial, under load", blktrack("sync", disk, str(replica)))]
+    syncs = [("1: initial, busy", blktrack("sync", disk, str(replica)))]
     settle(2.0, work)
-    syncs.append(("2, incremental, under load", blktrack("sync", disk, str(replica))))
+    syncs.append(("2: incremental, busy", blktrack("sync", disk, str(replica))))
     settle(2.0, work)
     work.stop()
     settle(0, work)
     run("umount", str(mount))
     console.print(f"workload stopped after {work.rows} rows; file system unmounted")
-    syncs.append(("3, incremental, unmounted", blktrack("sync", disk, str(replica))))
-    syncs.append(("4, nothing changed", blktrack("sync", disk, str(replica))))
+    syncs.append(("3: incremental, quiet", blktrack("sync", disk, str(replica))))
+    syncs.append(("4: nothing changed", blktrack("sync", disk, str(replica))))
     full = full_copy(disk, folder)
     prove(disk, replica, restored, work.rows, cleanup)
     show(syncs, full)

@@ -18,20 +18,20 @@ _HEADERS = _HERE / "headers"  # stands in for the kernel headers that bcc looks 
 
 
 def source(facts: Mapping[str, int | str], maps: Mapping[str, int]) -> str:
-    """The program text: shared structs, the kernel's facts, map descriptors, `track.c`."""
+    """The program text: shared structs, kernel facts, map descriptors, `track.c`."""
     defines = "".join(f"#define {name} {value}\n" for name, value in facts.items())
     defines += "".join(f"#define FD_{name.upper()} {fd}\n" for name, fd in maps.items())
     return f"{abi.c_header()}{defines}{(_HERE / 'track.c').read_text()}"
 
 
 def fingerprint() -> str:
-    """Names the program text and the shared structs: programs and maps of another one do not fit."""
+    """Names program text and shared structs: programs and maps of another do not fit."""
     text = source({}, {}) + (_HERE / "track.h").read_text()
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def import_bcc() -> tuple[type[Any], Any]:
-    """bcc's BPF class and its C library. ImportError where the system's bcc is missing."""
+    """bcc's BPF class and its C library. ImportError where bcc is missing."""
     os.environ["BCC_KERNEL_SOURCE"] = str(_HEADERS)
     from bcc import BPF  # loads LLVM; only `track` compiles
     from bcc.libbcc import lib
@@ -40,7 +40,7 @@ def import_bcc() -> tuple[type[Any], Any]:
 
 
 def compile_programs(text: str) -> dict[str, bytes]:
-    """Instructions of every program, ready for `libbpf.load_program`. BlktrackError if bcc fails."""
+    """Instructions of every program, for `libbpf.load_program`. BlktrackError if bcc fails."""
     try:
         bpf, lib = import_bcc()
     except ImportError as error:
@@ -48,7 +48,7 @@ def compile_programs(text: str) -> dict[str, bytes]:
             "bcc's Python module is not installed", hint="apt-get install python3-bpfcc"
         ) from error
     try:
-        module = bpf(text=text, cflags=[f"-I{_HERE}", "-Wno-unused-function"])
+        module = bpf(text=text.encode(), cflags=[f"-I{_HERE}", "-Wno-unused-function"])
     except Exception as error:  # bcc raises the bare class; its own messages are on standard error
         raise BlktrackError(f"bcc cannot compile the tracking programs: {error}") from error
     programs = {}

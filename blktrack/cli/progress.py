@@ -1,4 +1,4 @@
-"""Progress of long operations on standard error: a bar on a terminal, now and then a line in a log."""
+"""Progress on standard error: a bar on a terminal, now and then a line in a log."""
 
 from __future__ import annotations
 

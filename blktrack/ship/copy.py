@@ -99,7 +99,8 @@ def copy(
     finally:
         crew.abort()
         for worker in workers:
-            worker.join()
+            if worker.ident is not None:  # it was started
+                worker.join()
     if error is not None:
         with contextlib.suppress(CopyFailed):
             ledger.settle()

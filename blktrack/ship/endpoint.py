@@ -145,7 +145,7 @@ class FileEnd(Endpoint):
         linux.punch_hole(self._fd, start, length)
 
     def _sync(self) -> None:
-        os.fdatasync(self._fd)
+        os.fsync(self._fd)  # with the modification time, which tells of writes by others
 
     def close(self) -> None:
         for fd in (self._direct, self._fd):

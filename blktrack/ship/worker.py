@@ -134,7 +134,7 @@ class Crew:
                 self.read_ended = time.monotonic()
                 self.events.put(ReadsEnded())
         if self._mode is not Mode.COPY:
-            _read_all(self._replica, good, hand.replica, hand.requests)
+            _read_all(self._replica, good, hand.replica, hand.requests(good))
             different = [run for piece in good for run in self._different(piece, hand)]
             outcome.different = [(start, length) for start, length, _ in different]
         if self._mode is not Mode.COMPARE:
@@ -145,8 +145,8 @@ class Crew:
     def _read(self, batch: Batch, hand: _Hand, outcome: Outcome) -> Batch:
         """Read the source; the pieces, or parts of them, that could be."""
         failed = batch
-        if hand.requests and len(batch) > 1:
-            failed = self._source.read_many(batch, hand.source, hand.requests)
+        if requests := hand.requests(batch):
+            failed = self._source.read_many(batch, hand.source, requests)
         if not failed:
             outcome.read += sum(length for _, length, _ in batch)
             return batch
@@ -216,8 +216,8 @@ class Crew:
                 outcome.zeroed += end - begin
                 if not self._known_zero:
                     self._replica.zero(begin, end - begin)
-        if hand.requests and len(data) > 1:
-            self._replica.write_many(data, hand.source, hand.requests)
+        if requests := hand.requests(data):
+            self._replica.write_many(data, hand.source, requests)
         else:
             for start, length, at in data:
                 self._replica.write(hand.source.view[at : at + length], start)
@@ -234,23 +234,31 @@ class _Hand:
     def __init__(self, chunk: int, *, compare: bool) -> None:
         self.source = Buffer(chunk)
         self.replica = Buffer(chunk) if compare else self.source
-        self.requests: RequestQueue | None = None
-        with contextlib.suppress(OSError):  # without, each request is a call of its own
-            self.requests = _idle.pop() if _idle else RequestQueue(MAX_REQUESTS)
+        self._requests: RequestQueue | None = None
+        self._alone = False  # each request is a call of its own, for want of AIO
+
+    def requests(self, pieces: Batch) -> RequestQueue | None:
+        """Through what to move these at once; None if one by one is as good or all there is."""
+        if self._requests is None and len(pieces) > 1 and not self._alone:
+            try:
+                self._requests = _idle.pop() if _idle else RequestQueue(MAX_REQUESTS)
+            except OSError:
+                self._alone = True
+        return self._requests if len(pieces) > 1 else None
 
     def __enter__(self) -> _Hand:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.requests and kind is None:
-            _idle.append(self.requests)
-        elif self.requests:
-            self.requests.close()
+        if self._requests and kind is None:
+            _idle.append(self._requests)
+        elif self._requests:
+            self._requests.close()
 
 
 def _read_all(end: Endpoint, pieces: Batch, buffer: Buffer, requests: RequestQueue | None) -> None:
     left = pieces
-    if requests and len(pieces) > 1:
+    if requests:
         left = end.read_many(pieces, buffer, requests)
     for start, length, at in left:
         end.read_into(buffer.view[at : at + length], start)

@@ -1,0 +1,287 @@
+"""Real block devices for tests, each in a laboratory of its own that leaves nothing behind.
+
+A Lab has a folder and a BLKTRACK_ROOT in it, and with that its own pins: two runs never meet. What
+it makes is undone in reverse order, whatever the test did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blktrack import bitmap, linux
+from blktrack.bpf import abi, kernel
+from blktrack.config import Paths
+from blktrack.extent import ExtentArray
+from blktrack.state import DeviceState, LinkState, Store
+from blktrack.sysfs import BlockDevice
+from blktrack.tracker import tracker
+from blktrack.tracker.link import LinkSets
+from blktrack.tracker.tracking import Tracking
+from blktrack.units import MIB, SECTOR
+from tests.needs import TOOL_PATH
+from tests.sectors import Image
+
+TOP = Path(__file__).resolve().parent.parent
+PATIENCE = 30.0  # seconds for what the kernel does behind our back: a deadline, never a pause
+
+
+def wait_until(met: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+    deadline = time.monotonic() + patience
+    while not met():
+        assert time.monotonic() < deadline, f"{what} did not come to pass in {patience:.0f} s"
+        time.sleep(0.005)
+
+
+def run(*command: str | Path, stdin: str | None = None) -> str:
+    """Standard output of a system tool. CalledProcessError if it fails, with its messages shown."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": TOOL_PATH},
+    )
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True)
+class Done:
+    """A blktrack command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.code in (0, 5), f"exit code {self.code}: {self.err}"
+        return json.loads(self.out)
+
+
+class Lab:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder = folder
+        self.root = folder / "root"
+        self._stack = stack
+        self._files = 0
+        self.store = Store(Paths.from_environment())
+        stack.callback(kernel.remove, self.store.paths.pins)
+
+    def name(self, kind: str) -> Path:
+        self._files += 1
+        return self.folder / f"{kind}{self._files}"
+
+    def loop(self, size: int, *, sector: int = SECTOR, file: Path | None = None) -> str:
+        """A loop device over a sparse file in memory."""
+        file = file or self.name("disk")
+        if not file.exists():
+            with file.open("xb") as made:
+                made.truncate(size)
+        device = run("losetup", "--find", "--show", "--partscan", f"--sector-size={sector}", file)
+        self._stack.callback(detach, device)
+        return device
+
+    def partition(self, disk: str, number: int, start: int, length: int) -> str:
+        """Any bytes of a disk as a partition. Told to the kernel alone: no table is needed."""
+        run("addpart", disk, str(number), str(start // SECTOR), str(length // SECTOR))
+        node = f"{disk}p{number}"
+        wait_until(lambda: Path(node).exists(), node)
+        return node
+
+    def zram(self, size: int) -> str:
+        control = Path("/sys/class/zram-control")
+        number = (control / "hot_add").read_text(encoding="ascii").strip()
+        folder = Path(f"/sys/block/zram{number}")
+
+        def remove() -> None:
+            # Whoever still has it open, a late probe of udev say, lets go of it.
+            def gone() -> bool:
+                with contextlib.suppress(OSError):
+                    (folder / "reset").write_text("1", encoding="ascii")
+                    (control / "hot_remove").write_text(number, encoding="ascii")
+                return not folder.exists()
+
+            wait_until(gone, f"the end of zram{number}")
+
+        self._stack.callback(remove)
+        (folder / "disksize").write_text(str(size), encoding="ascii")
+        wait_until(lambda: Path(f"/dev/zram{number}").exists(), f"/dev/zram{number}")
+        return f"/dev/zram{number}"
+
+    @contextlib.contextmanager
+    def mounted(self, device: str, *options: str) -> Iterator[Path]:
+        point = self.name("mount")
+        point.mkdir()
+        run("mount", *options, device, point)
+        try:
+            yield point
+        finally:
+            run("umount", point)
+
+    def blktrack(self, *words: str | Path, env: Mapping[str, str] | None = None) -> Done:
+        """Run the command line in a process of its own."""
+        command = [sys.executable, "-m", "blktrack", *(str(word) for word in words)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=TOP,
+            timeout=240,
+            env={**os.environ, **(env or {})},
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def track(self, device: str, granularity: int | None = None) -> Watch:
+        tracker.track(self.store, device, granularity)
+        return Watch(self.store, device)
+
+
+_TOLD: list[str] = []
+
+
+def told(line: str) -> None:
+    """Have a measurement printed at the end of the session."""
+    _TOLD.append(line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _TOLD:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(_TOLD))
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """Needs root. Its files are in memory where there is a /dev/shm."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="blktrack-test-", dir=memory))
+        stack.callback(shutil.rmtree, folder)
+        monkeypatch.setenv("BLKTRACK_ROOT", str(folder / "root"))
+        yield Lab(folder, stack)
+
+
+def detach(device: str) -> None:
+    """Detach a loop device, which happens at its last close, and see it happen."""
+    if not Path(f"/sys/block/{Path(device).name}/loop").exists():
+        return
+    run("losetup", "--detach", device)
+    wait_until(
+        lambda: not Path(f"/sys/block/{Path(device).name}/loop").exists(),
+        f"the detaching of {device}",
+    )
+
+
+def read_image(path: str | Path) -> Image:
+    """All bytes of a device or file, past the page cache where that is possible."""
+    is_device = Path(path).is_block_device()
+    fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if is_device else 0))
+    try:
+        size = linux.device_size(fd) if is_device else os.fstat(fd).st_size
+        buffer = linux.Buffer(size)
+        at = 0
+        while at < size:
+            got = os.preadv(fd, [buffer.view[at : min(at + 8 * MIB, size)]], at)
+            assert got, f"{path} ended at {at} of {size}"
+            at += got
+    finally:
+        os.close(fd)
+    return buffer.array[:size]
+
+
+def flush(path: str) -> None:
+    """Bring everything written to the device and leave nothing of it in the page cache."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+        linux.flush_buffers(fd)
+    finally:
+        os.close(fd)
+
+
+def write_direct(path: str, offset: int, data: bytes | Image) -> None:
+    """One direct write, in whole blocks of the device. It has ended on return."""
+    with mmap.mmap(-1, max(len(data), 1)) as aligned:
+        aligned[: len(data)] = bytes(data)
+        fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
+        try:
+            with memoryview(aligned) as view, view[: len(data)] as part:
+                assert os.pwritev(fd, [part], offset) == len(data)
+        finally:
+            os.close(fd)
+
+
+class Watch:
+    """A tracked device and a link whose pending set this test alone empties."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self.store, self.path = store, path
+        self.device = BlockDevice.find(path)
+        self.link = LinkState("watch", "watch", "")
+        with self.open() as tracking, LinkSets(tracking, self.link, create=True):
+            pass
+
+    @property
+    def state(self) -> DeviceState:
+        return tracker.find(self.store, self.path)[0]
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Tracking]:
+        state, device = tracker.find(self.store, self.path)
+        held = tracker.hold(self.store, state.id, self.path)
+        with held, Tracking(self.store, state, device) as tracking:
+            yield tracking
+
+    def planes(self) -> tuple[ExtentArray, ExtentArray]:
+        """What is marked in the maps now: submitted, completed."""
+        with self.open() as tracking:
+            return plane(tracking, abi.SUBMITTED), plane(tracking, abi.COMPLETED)
+
+    def drain(self) -> None:
+        """Close the epoch; what changed in it stays pending."""
+        with self.open() as tracking:
+            tracking.drain()
+
+    def take(self) -> ExtentArray:
+        """Close the epoch; what changed since the last call of this."""
+        with self.open() as tracking, LinkSets(tracking, self.link) as sets:
+            tracking.drain()
+            found = sets.union(np.zeros(tracking.words, dtype=np.uint64))
+            sets.pending.clear()
+            return bitmap.extents(found, sets.granularity, sets.size)
+
+    def losses(self) -> dict[str, int]:
+        with self.open() as tracking:
+            counters = tracking.counters()
+        return {name: n for name, n in counters.items() if name not in ("writes", "written")}
+
+
+def plane(tracking: Tracking, number: int) -> ExtentArray:
+    found = np.zeros(tracking.words, dtype=np.uint64)
+    tracking.active.merge_into(number, found)
+    return bitmap.extents(found, tracking.state.granularity, tracking.state.size)
+
+
+def pairs(extents: ExtentArray | Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """As plain numbers, to compare and to read."""
+    return [(int(start), int(length)) for start, length in extents]

@@ -1,0 +1,380 @@
+"""Nothing that changed is missed: the tracked extents against every byte that differs.
+
+An image of the device is taken before and after a random mix of changes. Each sector that differs
+must lie in a tracked extent; a replica that was synced while the mix went on must be the device in
+the end. The last tests break the tracking on purpose and see the same checks find it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from blktrack import linux, sync
+from blktrack.bitmap import Indices
+from blktrack.bpf import compile
+from blktrack.bpf.kernel import Kernel
+from blktrack.bpf.planes import Planes
+from blktrack.extent import ExtentArray, empty, total
+from blktrack.sysfs import BlockDevice
+from blktrack.tracker.link import LinkSets
+from blktrack.units import KIB, MIB, SECTOR, format_size
+from tests import sectors
+from tests.blockdev import Lab, read_image, told, write_direct
+from tests.sectors import Image
+from tests.workload import phases
+
+needs_devices = pytest.mark.needs("root", "loop", "bpf", "fio", "ext4", "xfs")
+
+
+class Source(NamedTuple):
+    """A device to be tracked, and the disk it is on if that is another."""
+
+    device: str
+    disk: str
+    filesystem: str
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.device] if self.device == self.disk else [self.device, self.disk]
+
+
+def whole(lab: Lab, sector: int, size: int, filesystem: str) -> Source:
+    disk = lab.loop(size, sector=sector)
+    return Source(disk, disk, filesystem)
+
+
+def part(lab: Lab, sector: int, size: int, filesystem: str) -> Source:
+    """A partition that begins and ends at odd blocks, between others' space."""
+    disk = lab.loop(size + 4 * MIB, sector=sector)
+    return Source(lab.partition(disk, 1, 63 * sector, size + 5 * sector), disk, filesystem)
+
+
+def compressed(lab: Lab, size: int, filesystem: str) -> Source:
+    disk = lab.zram(size)
+    return Source(disk, disk, filesystem)
+
+
+SOURCES: dict[str, Callable[[Lab], Source]] = {
+    "loop-512": lambda lab: whole(lab, 512, 64 * MIB, "ext4"),
+    "loop-4096": lambda lab: whole(lab, 4096, 304 * MIB, "xfs"),  # xfs takes no less
+    "partition-512": lambda lab: part(lab, 512, 64 * MIB, "ext4"),
+    "partition-4096": lambda lab: part(lab, 4096, 64 * MIB, "ext4"),
+    "zram": lambda lab: compressed(lab, 64 * MIB, "ext4"),
+}
+every_source = pytest.mark.parametrize(
+    "source",
+    [pytest.param(s, marks=pytest.mark.needs("zram") if s == "zram" else ()) for s in SOURCES],
+)
+
+
+def fill(path: str) -> None:
+    """Sectors of write 0 everywhere, so that a discard or a lost write shows."""
+    size = BlockDevice.find(path).size
+    for offset in range(0, size, 8 * MIB):
+        write_direct(path, offset, sectors.make(offset, min(8 * MIB, size - offset), 0))
+
+
+def missed(before: Image, after: Image, tracked: ExtentArray) -> NDArray[np.int64]:
+    """The oracle: numbers of the sectors that differ and were not tracked."""
+    return sectors.uncovered(sectors.differing(before, after), tracked)
+
+
+@contextmanager
+def repeating(work: Callable[[], object]) -> Iterator[None]:
+    """Do it again and again meanwhile, at least once."""
+    end = threading.Event()
+    errors: list[Exception] = []
+
+    def repeat() -> None:
+        try:
+            while True:
+                work()
+                if end.is_set():
+                    return
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@needs_devices
+@every_source
+@pytest.mark.parametrize("epochs", ["one", "many"])
+def test_tracked_extents_cover_every_difference(
+    lab: Lab, seed: int, source: str, epochs: str
+) -> None:
+    made = SOURCES[source](lab)
+    fill(made.device)
+    watch = lab.track(made.device)
+    before = read_image(made.device)
+    differ = marked = 0
+    for phase, work in phases(lab, made.paths, made.filesystem, seed):
+        if epochs == "many":
+            with repeating(watch.drain):
+                work()
+        else:
+            work()
+        after = read_image(made.device)
+        listed = lab.blktrack("extents", made.device, "--json").json["extents"]
+        tracked = watch.take()
+        if epochs == "one":
+            assert listed == tracked.tolist()
+        lost = missed(before, after, tracked)
+        assert not len(lost), f"{phase}: {len(lost)} sectors changed untracked, first {lost[:8]}"
+        differ += len(sectors.differing(before, after)) * SECTOR
+        marked += total(tracked)
+        before = after
+    assert not any(watch.losses().values()), watch.losses()
+    told(
+        f"{source}, {epochs} epoch(s): {format_size(differ)} differ, all of it tracked, and "
+        f"{100 * (marked - differ) / differ:.0f} % more"
+    )
+
+
+@needs_devices
+@every_source
+@pytest.mark.parametrize("replica", ["file", "device"])
+def test_replica_is_identical_after_syncs_under_load(
+    lab: Lab, seed: int, source: str, replica: str
+) -> None:
+    made = SOURCES[source](lab)
+    fill(made.device)
+    size = BlockDevice.find(made.device).size
+    target = str(lab.name("replica"))
+    if replica == "device":
+        target = lab.loop(size, sector=4096 if source == "zram" else 512)
+    assert lab.blktrack("track", made.device).code == 0
+    reports = []
+
+    def replicate() -> None:
+        reports.append(lab.blktrack("sync", made.device, target, "--json").json)
+
+    for _, work in phases(lab, made.paths, made.filesystem, seed):
+        with repeating(replicate):
+            work()
+    replicate()
+    found = sectors.faults(read_image(made.device), read_image(target))
+    assert not found, sectors.describe(found)
+    modes = [report["mode"] for report in reports]
+    assert modes[0] == "initial"
+    assert set(modes[1:]) <= {"incremental", "nothing"}, reports
+    assert reports[-1]["consistency"] == "crash"
+    assert lab.blktrack("verify", made.device, target).code == 0
+    shipped = sum(report["bytes_shipped"] for report in reports[1:])
+    told(
+        f"{source} to a {replica}: identical after {len(reports)} syncs, of which "
+        f"{sum(report['consistency'] == 'none' for report in reports)} under writes; "
+        f"{format_size(shipped)} shipped after the initial {format_size(size)}"
+    )
+
+
+# What breaks the programs: the text replaced, the text that replaces it, and where it shows.
+BREAKAGES = {
+    "as it is": ("", "", ("loop-512", "partition-512", "zram")),
+    "discards are not marked when completed": (
+        "	bio = FIELD(void *, rq, RQ_BIO);\n",
+        "	if (op == REQ_OP_DISCARD && plane == COMPLETED)\n		return;\n"
+        "	bio = FIELD(void *, rq, RQ_BIO);\n",
+        ("loop-512",),
+    ),
+    "half of a bio is remembered": (
+        "	entry.bytes = bytes;\n",
+        "	entry.bytes = bytes >> 1;\n",
+        ("zram",),
+    ),
+    "a partition's window is taken for the disk": (
+        "(first - w->start) >> w->shift, (end - 1 - w->start) >> w->shift",
+        "first >> w->shift, (end - 1) >> w->shift",
+        ("partition-512",),
+    ),
+    "the last granule of a range is left out": (
+        "tail = ~0ULL >> (63 - (last & 63))",
+        "tail = ~0ULL >> 1 >> (63 - (last & 63))",
+        ("loop-512", "zram"),
+    ),
+    "the first granule of a range is left out": (
+        "head = ~0ULL << (first & 63)",
+        "head = ~1ULL << (first & 63)",
+        ("loop-512",),
+    ),
+    "full words are not passed up": (
+        "		last = high;\n",
+        "		last = low;\n",
+        ("loop-512",),
+    ),
+    "the higher levels start in the wrong place": (
+        "u32 words = base + w->level[level];",
+        "u32 words = base + w->level[level] + (level > 0);",
+        ("loop-512",),
+    ),
+}
+
+
+def broken_programs(lab: Lab, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    """Let programs be compiled from a copy of their text in which `old` became `new`."""
+    copy = lab.name("bpf")
+    shutil.copytree(compile._HERE, copy)
+    changed = 0
+    for file in (copy / "track.c", copy / "track.h"):
+        text = file.read_text(encoding="utf-8")
+        if old:
+            changed += text.count(old)
+            file.write_text(text.replace(old, new), encoding="utf-8")
+    assert changed == bool(old), f"the programs no longer say {old!r}"
+    monkeypatch.setattr(compile, "_HERE", copy)
+
+
+def change_everywhere(path: str, seed: int) -> None:
+    """One change of each kind that the programs treat differently, at rest at the end."""
+    rng = random.Random(seed)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        linux.discard(fd, 4 * MIB + 16 * KIB, 6 * MIB)
+        linux.zero_out(fd, 20 * MIB + 4 * KIB, MIB)
+    finally:
+        os.close(fd)
+    # Whole words of granules and parts of them.
+    write_direct(path, 32 * MIB + 12 * KIB, rng.randbytes(2 * MIB))
+    write_direct(path, 40 * MIB, rng.randbytes(4 * KIB))
+
+
+@needs_devices
+@pytest.mark.needs("zram")
+@pytest.mark.parametrize(
+    ("breakage", "source"), [(name, source) for name, row in BREAKAGES.items() for source in row[2]]
+)
+def test_oracle_finds_broken_programs(
+    lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch, breakage: str, source: str
+) -> None:
+    old, new, _ = BREAKAGES[breakage]
+    broken_programs(lab, monkeypatch, old, new)
+    made = SOURCES[source](lab)
+    fill(made.device)
+    watch = lab.track(made.device)
+    before = read_image(made.device)
+    change_everywhere(made.device, seed)
+    lost = missed(before, read_image(made.device), watch.take())
+    assert bool(len(lost)) == bool(old), f"{len(lost)} sectors changed untracked, first {lost[:8]}"
+
+
+@pytest.mark.needs("root", "loop", "bpf")
+def test_oracle_finds_a_map_read_and_cleared_in_use(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the swap, marks between the reading and the clearing of a map are lost."""
+    device = lab.loop(64 * MIB)
+    fill(device)
+    watch = lab.track(device)
+    before = read_image(device)
+    clear, late = Planes.clear, iter(range(8 * KIB, 256 * KIB, 4 * KIB))
+
+    def clear_late(planes: Planes, found: list[Indices]) -> None:
+        """Another block of the same word changes just before the clearing."""
+        offset = next(late)
+        write_direct(device, offset, sectors.make(offset, 4 * KIB, 2))
+        clear(planes, found)
+
+    def drain() -> None:
+        write_direct(device, 4 * KIB, sectors.make(4 * KIB, 4 * KIB, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(Planes, "clear", clear_late)
+            watch.drain()
+
+    drain()
+    assert not len(missed(before, read_image(device), watch.take())), "with the swap all is well"
+    before = read_image(device)
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "swap", lambda self, slot, retired: None)
+        for _ in range(2):  # one of the two meets the map that the programs are writing to
+            drain()
+    assert len(missed(before, read_image(device), watch.take()))
+
+
+@pytest.mark.needs("root", "loop", "bpf")
+def test_oracle_finds_a_dropped_extent(lab: Lab, seed: int) -> None:
+    device = lab.loop(64 * MIB)
+    watch = lab.track(device)
+    before = read_image(device)
+    change_everywhere(device, seed)
+    fill_last = MIB
+    write_direct(device, 64 * MIB - fill_last, sectors.make(64 * MIB - fill_last, fill_last, 1))
+    after, tracked = read_image(device), watch.take()
+    assert not len(missed(before, after, tracked))
+    lost = missed(before, after, tracked[:-1])
+    assert lost.tolist() == list(range(63 * MIB // SECTOR, 64 * MIB // SECTOR))
+    assert len(missed(before, after, empty())) == len(sectors.differing(before, after))
+
+
+class Silent:
+    """An observer of syncs who says nothing."""
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def done(self, count: int) -> None: ...
+
+
+@pytest.mark.needs("root", "loop", "bpf")
+def test_oracle_finds_an_extent_that_was_not_shipped(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, target = lab.loop(16 * MIB), str(lab.name("replica"))
+    fill(device)
+    lab.track(device)
+    sync.sync(lab.store, device, target, sync.Options(), Silent())
+    write_direct(device, MIB, sectors.make(MIB, 64 * KIB, 1))
+    write_direct(device, 3 * MIB, sectors.make(3 * MIB, 8 * KIB, 2))
+    take = LinkSets.take
+    monkeypatch.setattr(LinkSets, "take", lambda self: take(self)[:-1])
+    sync.sync(lab.store, device, target, sync.Options(), Silent())
+    found = sectors.faults(read_image(device), read_image(target))
+    assert [fault.offset for fault in found] == list(range(3 * MIB, 3 * MIB + 8 * KIB, SECTOR))
+    assert {fault.kind for fault in found} == {"stale"}
+
+
+def test_sectors_tell_what_went_wrong() -> None:
+    source = sectors.make(0, 16 * SECTOR, 5)
+    source[15 * SECTOR :] = 7  # a file system's
+    replica = source.copy()
+    replica[1 * SECTOR : 2 * SECTOR] = 0
+    replica[3 * SECTOR : 4 * SECTOR] = sectors.make(3 * SECTOR, SECTOR, 4)
+    replica[5 * SECTOR : 6 * SECTOR] = source[6 * SECTOR : 7 * SECTOR]
+    replica[8 * SECTOR : 8 * SECTOR + 256] = sectors.make(8 * SECTOR, SECTOR, 4)[:256]
+    replica[10 * SECTOR + 64 : 11 * SECTOR] = 0
+    source[12 * SECTOR : 13 * SECTOR] = 0  # discarded since
+    replica[15 * SECTOR] ^= 1
+    found = sectors.faults(source, replica)
+    assert [(fault.offset // SECTOR, fault.kind) for fault in found] == [
+        (1, "lost"),
+        (3, "stale"),
+        (5, "misplaced"),
+        (8, "torn"),
+        (10, "torn"),
+        (12, "stale"),
+        (15, "unknown"),
+    ]
+    assert "write 5 of the source never came" in sectors.describe(found)
+
+
+def test_uncovered_is_exact_at_the_edges() -> None:
+    tracked = np.array([[SECTOR, 2 * SECTOR], [8 * SECTOR, 4 * SECTOR]], dtype=np.int64)
+    changed = np.arange(14, dtype=np.int64)
+    assert sectors.uncovered(changed, tracked).tolist() == [0, 3, 4, 5, 6, 7, 12, 13]
+    assert sectors.uncovered(changed, empty()).tolist() == changed.tolist()
