@@ -228,6 +228,12 @@ class Crew:
 _idle: list[RequestQueue] = []
 
 
+def _requests() -> RequestQueue:
+    with contextlib.suppress(IndexError):
+        return _idle.pop()
+    return RequestQueue(MAX_REQUESTS)
+
+
 class _Hand:
     """What one thread holds: its buffers and its requests."""
 
@@ -241,7 +247,7 @@ class _Hand:
         """Through what to move these at once; None if one by one is as good or all there is."""
         if self._requests is None and len(pieces) > 1 and not self._alone:
             try:
-                self._requests = _idle.pop() if _idle else RequestQueue(MAX_REQUESTS)
+                self._requests = _requests()
             except OSError:
                 self._alone = True
         return self._requests if len(pieces) > 1 else None
