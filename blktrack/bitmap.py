@@ -30,9 +30,10 @@ def granules_for(size: int, granularity: int) -> int:
 
 
 def nonzero(words: Words) -> Indices:
-    """Indices of the words that are not zero."""
+    """Indices of the words that are not zero. Other writers may set bits meanwhile."""
+    # numpy counts, then collects, and raises RuntimeError if a word was set in between: so a copy.
     found = [
-        np.flatnonzero(part) + start
+        np.flatnonzero(part.copy()) + start
         for start in range(0, len(words), _SLICE)
         if (part := words[start : start + _SLICE]).any()
     ]
