@@ -7,6 +7,7 @@ it makes is undone in reverse order, whatever the test did.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -37,6 +38,10 @@ from tests.needs import TOOL_PATH
 from tests.sectors import Image
 
 TOP = Path(__file__).resolve().parent.parent
+KINDS = ("loop-512", "loop-4096", "partition-512", "partition-4096", "zram")
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.needs(*{k} & {"zram"})) for k in KINDS]
+)
 PATIENCE = 30.0  # seconds for what the kernel does behind our back: a deadline, never a pause
 
 
@@ -127,6 +132,18 @@ class Lab:
         wait_until(lambda: Path(f"/dev/zram{number}").exists(), f"/dev/zram{number}")
         return f"/dev/zram{number}"
 
+    def device(self, kind: str, size: int) -> list[str]:
+        """One of KINDS. A partition of odd edges is followed by the disk that it is on."""
+        layout, _, sector = kind.partition("-")
+        match layout:
+            case "zram":
+                return [self.zram(size)]
+            case "loop":
+                return [self.loop(size, sector=int(sector))]
+        block = int(sector)
+        disk = self.loop(size + 4 * MIB, sector=block)
+        return [self.partition(disk, 1, 63 * block, size + 5 * block), disk]
+
     @contextlib.contextmanager
     def mounted(self, device: str, *options: str) -> Iterator[Path]:
         point = self.name("mount")
@@ -154,6 +171,9 @@ class Lab:
     def track(self, device: str, granularity: int | None = None) -> Watch:
         tracker.track(self.store, device, granularity)
         return Watch(self.store, device)
+
+    def untrack(self, device: str) -> None:
+        tracker.untrack(self.store, device)
 
 
 _TOLD: list[str] = []
@@ -209,11 +229,29 @@ def read_image(path: str | Path) -> Image:
     return buffer.array[:size]
 
 
+def despite_collisions(settle: Callable[[], object]) -> None:
+    """fsync or msync of a device written through the page cache and past it at the same time.
+
+    A direct write that finds a page dirtied again right behind it cannot drop that page, and the
+    kernel has the next fsync say EIO (dio_warn_stale_pagecache), though all data is written. What
+    really fails fails again and again.
+    """
+    for _ in range(20):
+        try:
+            settle()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        else:
+            return
+    settle()
+
+
 def flush(path: str) -> None:
     """Bring everything written to the device and leave nothing of it in the page cache."""
     fd = os.open(path, os.O_RDWR)
     try:
-        os.fsync(fd)
+        despite_collisions(lambda: os.fsync(fd))
         linux.flush_buffers(fd)
     finally:
         os.close(fd)

@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -29,52 +28,18 @@ from blktrack.sysfs import BlockDevice
 from blktrack.tracker.link import LinkSets
 from blktrack.units import KIB, MIB, SECTOR, format_size
 from tests import sectors
-from tests.blockdev import Lab, read_image, told, write_direct
+from tests.blockdev import Lab, every_kind, read_image, told, write_direct
 from tests.sectors import Image
 from tests.workload import phases
 
 needs_devices = pytest.mark.needs("root", "loop", "bpf", "fio", "ext4", "xfs")
 
 
-class Source(NamedTuple):
-    """A device to be tracked, and the disk it is on if that is another."""
-
-    device: str
-    disk: str
-    filesystem: str
-
-    @property
-    def paths(self) -> list[str]:
-        return [self.device] if self.device == self.disk else [self.device, self.disk]
-
-
-def whole(lab: Lab, sector: int, size: int, filesystem: str) -> Source:
-    disk = lab.loop(size, sector=sector)
-    return Source(disk, disk, filesystem)
-
-
-def part(lab: Lab, sector: int, size: int, filesystem: str) -> Source:
-    """A partition that begins and ends at odd blocks, between others' space."""
-    disk = lab.loop(size + 4 * MIB, sector=sector)
-    return Source(lab.partition(disk, 1, 63 * sector, size + 5 * sector), disk, filesystem)
-
-
-def compressed(lab: Lab, size: int, filesystem: str) -> Source:
-    disk = lab.zram(size)
-    return Source(disk, disk, filesystem)
-
-
-SOURCES: dict[str, Callable[[Lab], Source]] = {
-    "loop-512": lambda lab: whole(lab, 512, 64 * MIB, "ext4"),
-    "loop-4096": lambda lab: whole(lab, 4096, 304 * MIB, "xfs"),  # xfs takes no less
-    "partition-512": lambda lab: part(lab, 512, 64 * MIB, "ext4"),
-    "partition-4096": lambda lab: part(lab, 4096, 64 * MIB, "ext4"),
-    "zram": lambda lab: compressed(lab, 64 * MIB, "ext4"),
-}
-every_source = pytest.mark.parametrize(
-    "source",
-    [pytest.param(s, marks=pytest.mark.needs("zram") if s == "zram" else ()) for s in SOURCES],
-)
+def make(lab: Lab, kind: str) -> tuple[list[str], str]:
+    """The paths of a device (see Lab.device) and the file system that it is to get."""
+    if kind == "loop-4096":
+        return lab.device(kind, 304 * MIB), "xfs"  # which takes no less
+    return lab.device(kind, 64 * MIB), "ext4"
 
 
 def fill(path: str) -> None:
@@ -116,24 +81,25 @@ def repeating(work: Callable[[], object]) -> Iterator[None]:
 
 
 @needs_devices
-@every_source
+@every_kind
 @pytest.mark.parametrize("epochs", ["one", "many"])
 def test_tracked_extents_cover_every_difference(
-    lab: Lab, seed: int, source: str, epochs: str
+    lab: Lab, seed: int, kind: str, epochs: str
 ) -> None:
-    made = SOURCES[source](lab)
-    fill(made.device)
-    watch = lab.track(made.device)
-    before = read_image(made.device)
+    paths, filesystem = make(lab, kind)
+    device = paths[0]
+    fill(device)
+    watch = lab.track(device)
+    before = read_image(device)
     differ = marked = 0
-    for phase, work in phases(lab, made.paths, made.filesystem, seed):
+    for phase, work in phases(lab, paths, filesystem, seed):
         if epochs == "many":
             with repeating(watch.drain):
                 work()
         else:
             work()
-        after = read_image(made.device)
-        listed = lab.blktrack("extents", made.device, "--json").json["extents"]
+        after = read_image(device)
+        listed = lab.blktrack("extents", device, "--json").json["extents"]
         tracked = watch.take()
         if epochs == "one":
             assert listed == tracked.tolist()
@@ -144,43 +110,44 @@ def test_tracked_extents_cover_every_difference(
         before = after
     assert not any(watch.losses().values()), watch.losses()
     told(
-        f"{source}, {epochs} epoch(s): {format_size(differ)} differ, all of it tracked, and "
+        f"{kind}, {epochs} epoch(s): {format_size(differ)} differ, all of it tracked, and "
         f"{100 * (marked - differ) / differ:.0f} % more"
     )
 
 
 @needs_devices
-@every_source
+@every_kind
 @pytest.mark.parametrize("replica", ["file", "device"])
 def test_replica_is_identical_after_syncs_under_load(
-    lab: Lab, seed: int, source: str, replica: str
+    lab: Lab, seed: int, kind: str, replica: str
 ) -> None:
-    made = SOURCES[source](lab)
-    fill(made.device)
-    size = BlockDevice.find(made.device).size
+    paths, filesystem = make(lab, kind)
+    device = paths[0]
+    fill(device)
+    size = BlockDevice.find(device).size
     target = str(lab.name("replica"))
     if replica == "device":
-        target = lab.loop(size, sector=4096 if source == "zram" else 512)
-    assert lab.blktrack("track", made.device).code == 0
+        target = lab.loop(size, sector=4096 if kind in ("zram", "loop-4096") else 512)
+    assert lab.blktrack("track", device).code == 0
     reports = []
 
     def replicate() -> None:
-        reports.append(lab.blktrack("sync", made.device, target, "--json").json)
+        reports.append(lab.blktrack("sync", device, target, "--json").json)
 
-    for _, work in phases(lab, made.paths, made.filesystem, seed):
+    for _, work in phases(lab, paths, filesystem, seed):
         with repeating(replicate):
             work()
     replicate()
-    found = sectors.faults(read_image(made.device), read_image(target))
+    found = sectors.faults(read_image(device), read_image(target))
     assert not found, sectors.describe(found)
     modes = [report["mode"] for report in reports]
     assert modes[0] == "initial"
     assert set(modes[1:]) <= {"incremental", "nothing"}, reports
     assert reports[-1]["consistency"] == "crash"
-    assert lab.blktrack("verify", made.device, target).code == 0
+    assert lab.blktrack("verify", device, target).code == 0
     shipped = sum(report["bytes_shipped"] for report in reports[1:])
     told(
-        f"{source} to a {replica}: identical after {len(reports)} syncs, of which "
+        f"{kind} to a {replica}: identical after {len(reports)} syncs, of which "
         f"{sum(report['consistency'] == 'none' for report in reports)} under writes; "
         f"{format_size(shipped)} shipped after the initial {format_size(size)}"
     )
@@ -259,19 +226,19 @@ def change_everywhere(path: str, seed: int) -> None:
 @needs_devices
 @pytest.mark.needs("zram")
 @pytest.mark.parametrize(
-    ("breakage", "source"), [(name, source) for name, row in BREAKAGES.items() for source in row[2]]
+    ("breakage", "kind"), [(name, kind) for name, row in BREAKAGES.items() for kind in row[2]]
 )
 def test_oracle_finds_broken_programs(
-    lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch, breakage: str, source: str
+    lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch, breakage: str, kind: str
 ) -> None:
     old, new, _ = BREAKAGES[breakage]
     broken_programs(lab, monkeypatch, old, new)
-    made = SOURCES[source](lab)
-    fill(made.device)
-    watch = lab.track(made.device)
-    before = read_image(made.device)
-    change_everywhere(made.device, seed)
-    lost = missed(before, read_image(made.device), watch.take())
+    device = lab.device(kind, 64 * MIB)[0]
+    fill(device)
+    watch = lab.track(device)
+    before = read_image(device)
+    change_everywhere(device, seed)
+    lost = missed(before, read_image(device), watch.take())
     assert bool(len(lost)) == bool(old), f"{len(lost)} sectors changed untracked, first {lost[:8]}"
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from blktrack import linux
 from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
-from tests.blockdev import Lab, flush, run
+from tests.blockdev import Lab, despite_collisions, flush, run
 
 FITRIM = 0xC018_5879  # linux/fs.h
 _DEPTH = 16  # asynchronous requests in flight
@@ -58,7 +58,7 @@ class RawMix:
         try:
             for _ in range(count):
                 self.operations[self.random.choice(list(self.operations))]()
-            os.fsync(self._buffered)
+            despite_collisions(lambda: os.fsync(self._buffered))
         finally:
             self._queue.close()
             os.close(self._direct)
@@ -86,7 +86,7 @@ class RawMix:
         offset, length = self.place(SECTOR, MIB)
         os.pwrite(self._buffered, self.sectors_for(offset, length).data, offset)
         if self.random.random() < 0.5:
-            os.fsync(self._buffered)
+            despite_collisions(lambda: os.fsync(self._buffered))
 
     def direct(self) -> None:
         offset, length = self.place(self.block, MIB)
@@ -110,7 +110,7 @@ class RawMix:
         with mmap.mmap(self._buffered, length, offset=offset) as memory:
             memory[:] = self.sectors_for(offset, length).tobytes()
             if self.random.random() < 0.5:
-                memory.flush()
+                despite_collisions(memory.flush)
 
     def discard(self) -> None:
         with _busy_is_fine():
