@@ -207,6 +207,10 @@ class _Round:
             return "resync", "the replica was made by a link that is not known here"
         if reason := resync_reason(state, self.link):
             return "resync", reason
+        # A death between the two commits leaves the replica ahead of the link, never behind it.
+        cursor, point = self.link.cursor, record.point
+        if point is None or point.generation != cursor.generation or point.epoch < cursor.epoch:
+            return "resync", "the replica is not at the point that it was brought to"
         return "incremental", ""
 
     def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> tuple[str, Copied]:
