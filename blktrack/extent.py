@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,20 +30,17 @@ def empty() -> ExtentArray:
     return np.empty((0, 2), dtype=np.int64)
 
 
-def from_pairs(pairs: list[tuple[int, int]]) -> ExtentArray:
+def from_pairs(pairs: Sequence[tuple[int, int]]) -> ExtentArray:
     """Any (start, length) pairs as sorted, disjoint, coalesced extents; empty ones are dropped."""
-    kept = sorted((start, length) for start, length in pairs if length > 0)
-    merged: list[list[int]] = []
-    for start, length in kept:
-        if merged and start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], start + length)
-        else:
-            merged.append([start, start + length])
-    if not merged:
+    given = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    given = given[given[:, 1] > 0]
+    if not len(given):
         return empty()
-    ends = np.array(merged, dtype=np.int64)
-    ends[:, 1] -= ends[:, 0]
-    return ends
+    given = given[np.argsort(given[:, 0], kind="stable")]
+    start, reach = given[:, 0], np.maximum.accumulate(given[:, 0] + given[:, 1])
+    first = np.r_[True, start[1:] > reach[:-1]]  # begins beyond all that came before
+    last = np.r_[first[1:], True]
+    return np.stack([start[first], reach[last] - start[first]], axis=1)
 
 
 def total(extents: ExtentArray) -> int:
