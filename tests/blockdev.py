@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ class Lab:
             with file.open("xb") as made:
                 made.truncate(size)
         device = run("losetup", "--find", "--show", "--partscan", f"--sector-size={sector}", file)
-        self._stack.callback(detach, device)
+        self._stack.callback(detach, device, file)
         return device
 
     def partition(self, disk: str, number: int, start: int, length: int) -> str:
@@ -201,15 +201,19 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
         yield Lab(folder, stack)
 
 
-def detach(device: str) -> None:
-    """Detach a loop device, which happens at its last close, and see it happen."""
-    if not Path(f"/sys/block/{Path(device).name}/loop").exists():
-        return
-    run("losetup", "--detach", device)
-    wait_until(
-        lambda: not Path(f"/sys/block/{Path(device).name}/loop").exists(),
-        f"the detaching of {device}",
-    )
+def detach(device: str, file: Path) -> None:
+    """Detach a loop device if it is still ours. It happens at its last close: see it happen."""
+    backing = Path(f"/sys/block/{Path(device).name}/loop/backing_file")
+
+    def gone() -> bool:
+        try:
+            return backing.read_text(encoding="utf-8").strip() != str(file)
+        except OSError:
+            return True
+
+    if not gone():
+        run("losetup", "--detach", device)
+        wait_until(gone, f"the detaching of {device}")
 
 
 def read_image(path: str | Path) -> Image:
@@ -290,28 +294,34 @@ class Watch:
         with held, Tracking(self.store, state, device) as tracking:
             yield tracking
 
-    def planes(self) -> tuple[ExtentArray, ExtentArray]:
-        """What is marked in the maps now: submitted, completed."""
-        with self.open() as tracking:
-            return plane(tracking, abi.SUBMITTED), plane(tracking, abi.COMPLETED)
+    def look(self) -> Look:
+        """Close the epoch; what changed since the last call of this or of `take`."""
+        with self.open() as tracking, LinkSets(tracking, self.link) as sets:
+            submitted, completed = plane(tracking, abi.SUBMITTED), plane(tracking, abi.COMPLETED)
+            tracking.drain()
+            found = sets.union(np.zeros(tracking.words, dtype=np.uint64))
+            sets.pending.clear()
+            drained = bitmap.extents(found, sets.granularity, sets.size)
+            counters = tracking.counters()
+        losses = {name: n for name, n in counters.items() if name not in ("writes", "written")}
+        return Look(submitted, completed, drained, losses)
+
+    def take(self) -> ExtentArray:
+        return self.look().drained
 
     def drain(self) -> None:
         """Close the epoch; what changed in it stays pending."""
         with self.open() as tracking:
             tracking.drain()
 
-    def take(self) -> ExtentArray:
-        """Close the epoch; what changed since the last call of this."""
-        with self.open() as tracking, LinkSets(tracking, self.link) as sets:
-            tracking.drain()
-            found = sets.union(np.zeros(tracking.words, dtype=np.uint64))
-            sets.pending.clear()
-            return bitmap.extents(found, sets.granularity, sets.size)
 
-    def losses(self) -> dict[str, int]:
-        with self.open() as tracking:
-            counters = tracking.counters()
-        return {name: n for name, n in counters.items() if name not in ("writes", "written")}
+class Look(NamedTuple):
+    """What an epoch and those before it left behind."""
+
+    submitted: ExtentArray  # in the maps, just before the epoch was closed
+    completed: ExtentArray
+    drained: ExtentArray  # pending since the last look
+    losses: dict[str, int]
 
 
 def plane(tracking: Tracking, number: int) -> ExtentArray:

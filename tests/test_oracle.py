@@ -108,7 +108,7 @@ def test_tracked_extents_cover_every_difference(
         differ += len(sectors.differing(before, after)) * SECTOR
         marked += total(tracked)
         before = after
-    assert not any(watch.losses().values()), watch.losses()
+    assert not any(watch.look().losses.values())
     told(
         f"{kind}, {epochs} epoch(s): {format_size(differ)} differ, all of it tracked, and "
         f"{100 * (marked - differ) / differ:.0f} % more"
