@@ -12,7 +12,13 @@ from blktrack.sysfs import BlockDevice
 def source(path: str) -> BlockDevice:
     """The block device at `path`, if its changes can be seen soundly; else Refused."""
     device = BlockDevice.find(path)
-    disk = device.disk
+    check(device)
+    return device
+
+
+def check(device: BlockDevice) -> None:
+    """Refused for a device whose changes could pass unseen."""
+    path, disk = device.path, device.disk
     if device.size == 0:
         raise Refused(f"{path} has no medium", hint="attach or configure it first")
     zoned = device.queue("zoned")
@@ -31,7 +37,6 @@ def source(path: str) -> BlockDevice:
             f"{path} is an NVMe multipath head, whose completions the kernel does not show",
             hint="boot with nvme_core.multipath=N, or track a dm-multipath volume instead",
         )
-    return device
 
 
 def device_id(device: BlockDevice) -> str:
