@@ -7,6 +7,8 @@ cost follows the words that are set plus one sequential scan; a device of 2^28 g
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,12 +33,12 @@ def granules_for(size: int, granularity: int) -> int:
 
 def nonzero(words: Words) -> Indices:
     """Indices of the words that are not zero. Other writers may set bits meanwhile."""
-    # numpy counts, then collects, and raises RuntimeError if a word was set in between: so a copy.
-    found = [
-        np.flatnonzero(part.copy()) + start
-        for start in range(0, len(words), _SLICE)
-        if (part := words[start : start + _SLICE]).any()
-    ]
+    found = []
+    for start in range(0, len(words), _SLICE):
+        # Booleans are a copy, which stays as it is, and are searched several times faster.
+        part = (words[start : start + _SLICE] != 0).nonzero()[0]
+        if len(part):
+            found.append(part + start)
     return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
@@ -99,11 +101,23 @@ def set_bits(words: Words, bits: NDArray[np.int64]) -> None:
 def bits(words: Words) -> NDArray[np.int64]:
     """The numbers of the set bits, ascending."""
     index = nonzero(words)
-    if not len(index):
-        return np.empty(0, dtype=np.int64)
-    rows = np.unpackbits(words[index].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-    row, bit = np.nonzero(rows)
-    return np.asarray(index[row] * BITS + bit, dtype=np.int64)
+    found = list(_places(words[index], index))
+    return np.sort(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)
+
+
+def _places(words: Words, index: Indices) -> Iterator[Indices]:
+    """The numbers of the set bits of `words`, which lie at `index`: the lowest of each, the next …
+
+    As many turns as the fullest word has bits, each over the words that have one left.
+    """
+    base = index * BITS
+    while len(words):
+        lowest = words & (~words + np.uint64(1))
+        # A power of two is exact as a float, and its exponent is the number of the bit.
+        yield base + ((lowest.astype(np.float64).view(np.int64) >> 52) - 1023)
+        words = words ^ lowest
+        left = words != 0
+        words, base = words[left], base[left]
 
 
 def _runs(words: Words, index: Indices) -> tuple[Indices, Indices]:
@@ -111,19 +125,16 @@ def _runs(words: Words, index: Indices) -> tuple[Indices, Indices]:
     if not len(index):
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     full = words[index] == ALL
-    starts = index * BITS
-    parts_first, parts_end = [starts[full]], [starts[full] + BITS]
+    starts = index[full] * BITS
+    parts_first, parts_end = [starts], [starts + BITS]
     mixed = index[~full]
+    one = np.uint64(1)
     for at in range(0, len(mixed), _SLICE):
         some = mixed[at : at + _SLICE]
-        raw = words[some].view(np.uint8).reshape(-1, 8)
-        padded = np.zeros((len(some), BITS + 2), dtype=np.int8)
-        padded[:, 1:-1] = np.unpackbits(raw, axis=1, bitorder="little")
-        edges = np.diff(padded, axis=1)
-        row, bit = np.nonzero(edges == 1)
-        parts_first.append(some[row] * BITS + bit)
-        row, bit = np.nonzero(edges == -1)
-        parts_end.append(some[row] * BITS + bit)
+        values = words[some]
+        # A run begins with a bit whose lower neighbour is clear, and ends with one whose higher is.
+        parts_first += _places(values & ~(values << one), some)
+        parts_end += [last + 1 for last in _places(values & ~(values >> one), some)]
     first = np.sort(np.concatenate(parts_first))
     end = np.sort(np.concatenate(parts_end))
     # Runs were cut at word edges: one that begins where the one before ends continues it.
