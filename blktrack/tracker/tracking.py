@@ -25,6 +25,8 @@ from blktrack.tracker import doubt, generation
 class Gap(BlktrackError):
     """The generation is over: its reason is recorded, and a new one has to begin."""
 
+    exit_code = 3
+
 
 # Why `settling` exists. A completion that the kernel skipped belongs to a write submitted in this
 # epoch or before. Nothing in flight after a swap means that all earlier epochs' writes have ended
@@ -70,7 +72,10 @@ class Tracking:
     def _end(self, reason: str) -> None:
         if self.state.generation:
             generation.end(self.store, self.state, reason)
-        raise Gap(f"{self.device.path}: {reason}")
+        raise Gap(
+            f"{self.device.path}: {reason}",
+            hint="run blktrack sync: it begins anew and resyncs the replica",
+        )
 
     def _open(self) -> str | None:
         self.kernel = Kernel(self.store.paths.pins)
