@@ -20,6 +20,7 @@ only added, or cleared after they have a safer home, so a process may die betwee
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import os
@@ -133,7 +134,9 @@ class BitFile:
 
     def close(self) -> None:
         self.words = np.empty(0, dtype=np.uint64)
-        self._memory.close()
+        # An error on its way up may hold the words; it must not be replaced by one from here.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
         os.close(self._fd)
 
     def __enter__(self) -> Self:
