@@ -107,9 +107,10 @@ def extents(store: Store, path: str, target: str | None) -> ExtentsReport:
 def status(store: Store, path: str | None) -> list[DeviceStatus]:
     """Every device, or the one named. Doubts found here are recorded like anywhere else."""
     if path is None:
-        return [_status(store, state) for state in store.devices() if state.wanted or state.doubts]
-    state, _ = _find_any(store, path)
-    return [_status(store, state)]
+        known = [state for state in store.devices() if state.wanted or state.doubts]
+        return [_status(store, state, _present(state)) for state in known]
+    state, device = _find_any(store, path)
+    return [_status(store, state, device if device and device.size else _present(state))]
 
 
 def _find_any(store: Store, path: str) -> tuple[DeviceState, BlockDevice | None]:
@@ -124,9 +125,9 @@ def _find_any(store: Store, path: str) -> tuple[DeviceState, BlockDevice | None]
     raise NotTracked(f"{path} is not tracked", hint=f"run blktrack track {path} first")
 
 
-def _status(store: Store, state: DeviceState) -> DeviceStatus:
+def _status(store: Store, state: DeviceState, device: BlockDevice | None) -> DeviceStatus:
     report = DeviceStatus(
-        device=state.path,
+        device=device.path if device else state.path,
         size=state.size,
         granularity=state.granularity,
         state="absent",
@@ -142,7 +143,6 @@ def _status(store: Store, state: DeviceState) -> DeviceStatus:
     live: Words | None = None
     with hold(store, state.id, state.path), contextlib.ExitStack() as stack:
         state = store.device(state.id) or state
-        device = _present(state)
         tracking = None
         if device is not None:
             try:
