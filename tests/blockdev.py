@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -24,12 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from blktrack import bitmap, linux
+from blktrack import bitmap, linux, sync
 from blktrack.bpf import abi, kernel
 from blktrack.config import Paths
 from blktrack.extent import ExtentArray
+from blktrack.report import SyncReport
 from blktrack.state import DeviceState, LinkState, Store
-from blktrack.sysfs import BlockDevice
 from blktrack.tracker import tracker
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.tracking import Tracking
@@ -37,6 +38,7 @@ from blktrack.units import MIB, SECTOR
 from tests.needs import TOOL_PATH
 from tests.sectors import Image
 
+LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81  # linux/loop.h
 TOP = Path(__file__).resolve().parent.parent
 KINDS = ("loop-512", "loop-4096", "partition-512", "partition-4096", "zram")
 every_kind = pytest.mark.parametrize(
@@ -86,7 +88,7 @@ class Lab:
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.folder = folder
         self.root = folder / "root"
-        self._stack = stack
+        self.stack = stack
         self._files = 0
         self.store = Store(Paths.from_environment())
         stack.callback(kernel.remove, self.store.paths.pins)
@@ -102,7 +104,22 @@ class Lab:
             with file.open("xb") as made:
                 made.truncate(size)
         device = run("losetup", "--find", "--show", "--partscan", f"--sector-size={sector}", file)
-        self._stack.callback(detach, device, file)
+        self.stack.callback(detach, device, file)
+        return device
+
+    def own_loop(self, size: int, file: Path) -> str:
+        """One of a number that nobody else finds free, to be detached and attached again."""
+        number = 10_000 + os.getpid()
+        control = os.open("/dev/loop-control", os.O_RDWR)
+        self.stack.callback(os.close, control)
+        fcntl.ioctl(control, LOOP_CTL_ADD, number)
+        self.stack.callback(fcntl.ioctl, control, LOOP_CTL_REMOVE, number)
+        device = f"/dev/loop{number}"
+        wait_until(lambda: Path(device).exists(), device)
+        with file.open("xb") as made:
+            made.truncate(size)
+        run("losetup", "--partscan", device, file)
+        self.stack.callback(detach, device, file)
         return device
 
     def partition(self, disk: str, number: int, start: int, length: int) -> str:
@@ -127,7 +144,7 @@ class Lab:
 
             wait_until(gone, f"the end of zram{number}")
 
-        self._stack.callback(remove)
+        self.stack.callback(remove)
         (folder / "disksize").write_text(str(size), encoding="ascii")
         wait_until(lambda: Path(f"/dev/zram{number}").exists(), f"/dev/zram{number}")
         return f"/dev/zram{number}"
@@ -168,12 +185,27 @@ class Lab:
         )
         return Done(done.returncode, done.stdout, done.stderr)
 
+    def sync(self, device: str, target: str | Path) -> SyncReport:
+        return sync.sync(self.store, device, str(target), sync.Options(), Silent())[0]
+
+    def status(self, device: str) -> dict[str, Any]:
+        (found,) = tracker.status(self.store, device)
+        return found.as_json()
+
     def track(self, device: str, granularity: int | None = None) -> Watch:
         tracker.track(self.store, device, granularity)
         return Watch(self.store, device)
 
     def untrack(self, device: str) -> None:
         tracker.untrack(self.store, device)
+
+
+class Silent:
+    """An observer of syncs who says nothing."""
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def done(self, count: int) -> None: ...
 
 
 _TOLD: list[str] = []
@@ -276,10 +308,9 @@ def write_direct(path: str, offset: int, data: bytes | Image) -> None:
 class Watch:
     """A tracked device and a link whose pending set this test alone empties."""
 
-    def __init__(self, store: Store, path: str) -> None:
+    def __init__(self, store: Store, path: str, name: str = "watch") -> None:
         self.store, self.path = store, path
-        self.device = BlockDevice.find(path)
-        self.link = LinkState("watch", "watch", "")
+        self.link = LinkState(name, name, "")
         with self.open() as tracking, LinkSets(tracking, self.link, create=True):
             pass
 

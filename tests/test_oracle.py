@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from blktrack import linux, sync
+from blktrack import linux
 from blktrack.bitmap import Indices
 from blktrack.bpf import compile
 from blktrack.bpf.kernel import Kernel
@@ -290,14 +290,6 @@ def test_oracle_finds_a_dropped_extent(lab: Lab, seed: int) -> None:
     assert len(missed(before, after, empty())) == len(sectors.differing(before, after))
 
 
-class Silent:
-    """An observer of syncs who says nothing."""
-
-    def phase(self, name: str, total: int) -> None: ...
-
-    def done(self, count: int) -> None: ...
-
-
 @pytest.mark.needs("root", "loop", "bpf")
 def test_oracle_finds_an_extent_that_was_not_shipped(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
@@ -305,12 +297,12 @@ def test_oracle_finds_an_extent_that_was_not_shipped(
     device, target = lab.loop(16 * MIB), str(lab.name("replica"))
     fill(device)
     lab.track(device)
-    sync.sync(lab.store, device, target, sync.Options(), Silent())
+    lab.sync(device, target)
     write_direct(device, MIB, sectors.make(MIB, 64 * KIB, 1))
     write_direct(device, 3 * MIB, sectors.make(3 * MIB, 8 * KIB, 2))
     take = LinkSets.take
     monkeypatch.setattr(LinkSets, "take", lambda self: take(self)[:-1])
-    sync.sync(lab.store, device, target, sync.Options(), Silent())
+    lab.sync(device, target)
     found = sectors.faults(read_image(device), read_image(target))
     assert [fault.offset for fault in found] == list(range(3 * MIB, 3 * MIB + 8 * KIB, SECTOR))
     assert {fault.kind for fault in found} == {"stale"}

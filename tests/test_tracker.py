@@ -1,0 +1,488 @@
+"""Generations, epochs and pending sets: what ends one, what outlives what, what is told of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blktrack import bitmap
+from blktrack.bpf import abi, kernel, libbpf
+from blktrack.bpf.planes import Geometry, Planes, possible_cpus
+from blktrack.errors import BlktrackError
+from blktrack.state import Store
+from blktrack.tracker import tracker
+from blktrack.tracker.tracking import Gap
+from blktrack.units import GIB, KIB, MIB, SECTOR
+from tests import sectors
+from tests.blockdev import (
+    TOP,
+    Lab,
+    Watch,
+    detach,
+    pairs,
+    read_image,
+    run,
+    told,
+    wait_until,
+    write_direct,
+)
+from tests.test_oracle import fill
+from tests.test_retired import load
+
+pytestmark = pytest.mark.needs("root", "loop", "bpf")
+
+# What design promises of each; there may be more.
+DEVICE_KEYS = {
+    "device",
+    "size",
+    "granularity",
+    "state",
+    "reason",
+    "generation",
+    "epoch",
+    "dirty_bytes",
+    "written_bytes",
+    "writes",
+    "losses",
+    "links",
+}
+LINK_KEYS = {
+    "target",
+    "name",
+    "epoch",
+    "point",
+    "consistency",
+    "lag_s",
+    "pending_bytes",
+    "state",
+}
+EXTENTS_KEYS = {"device", "granularity", "generation", "epoch", "bytes", "extents"}
+
+
+def write(path: str, offset: int, length: int = 4 * KIB, number: int = 1) -> None:
+    write_direct(path, offset, sectors.make(offset, length, number))
+
+
+def test_a_second_track_changes_nothing(lab: Lab) -> None:
+    device = lab.loop(16 * MIB)
+    first = lab.blktrack("track", device, "--json").json
+    assert first["began"]
+    write(device, MIB)
+    before = lab.status(device)
+    second = lab.blktrack("track", device, "--json").json
+    assert second == first | {"began": False}
+    assert lab.blktrack("track", device, "--granularity", "4K").code == 0
+    assert lab.status(device) == before
+    assert lab.blktrack("extents", device, "--json").json["extents"] == [[MIB, 4 * KIB]]
+
+
+def test_another_granularity_is_refused(lab: Lab) -> None:
+    device = lab.loop(16 * MIB)
+    watch = lab.track(device)
+    done = lab.blktrack("track", device, "--granularity", "64K")
+    assert done.code == 1
+    assert "4 KiB" in done.err
+    assert "untrack it first" in done.err
+    write(device, MIB)
+    assert pairs(watch.take()) == [(MIB, 4 * KIB)]
+
+
+def test_untracking_ends_the_generation(lab: Lab) -> None:
+    device, replica = lab.loop(16 * MIB), lab.name("replica")
+    first = lab.blktrack("track", device, "--json").json["generation"]
+    lab.sync(device, replica)
+    assert lab.blktrack("untrack", device).code == 0
+    assert not lab.store.paths.pins.exists(), "nothing stays in the kernel"
+    for words in (["extents", device], ["sync", device, str(replica)]):
+        assert (lab.blktrack(*words).code, words) == (3, words)
+    write(device, MIB)  # unseen
+    second = lab.blktrack("track", device, "--json").json
+    assert second["began"]
+    assert second["generation"] != first
+    (link,) = lab.status(device)["links"]
+    assert (link["state"], link["reason"]) == ("resync", "it was untracked")
+    assert lab.blktrack("sync", device, replica, "--no-resync").code == 3
+    assert lab.sync(device, replica).mode == "resync"
+    assert not sectors.faults(read_image(device), read_image(replica))
+
+
+def test_json_has_the_promised_keys(lab: Lab) -> None:
+    device, replica = lab.loop(16 * MIB), lab.name("replica")
+    lab.track(device)
+    lab.sync(device, replica)
+    write(device, MIB, 8 * KIB)
+    write(device, 3 * MIB)
+    (found,) = lab.blktrack("status", device, "--json").json["devices"]
+    assert set(found) >= DEVICE_KEYS
+    assert (found["device"], found["size"], found["granularity"]) == (device, 16 * MIB, 4 * KIB)
+    assert (found["state"], found["reason"], found["losses"]) == ("tracking", "", 0)
+    assert (found["dirty_bytes"], found["written_bytes"], found["writes"]) == (12288, 12288, 2)
+    (link,) = found["links"]
+    assert set(link) >= LINK_KEYS
+    assert (link["target"], link["name"]) == (str(replica), replica.name)
+    assert (link["state"], link["pending_bytes"]) == ("ready", 12 * KIB)
+    assert link["consistency"] == "crash"
+    assert 0 < link["lag_s"] < 600
+    for words in ([], ["--target", str(replica)], ["--target", replica.name]):
+        listed = lab.blktrack("extents", device, "--json", *words).json
+        assert set(listed) >= EXTENTS_KEYS
+        assert listed["generation"] == found["generation"]
+        assert listed["epoch"] == found["epoch"]
+        assert listed["extents"] == [[MIB, 8 * KIB], [3 * MIB, 4 * KIB]]
+        assert listed["bytes"] == 12 * KIB
+
+
+def test_status_without_devices(lab: Lab) -> None:
+    assert lab.blktrack("status", "--json").json == {"devices": []}
+
+
+def test_links_have_their_own_pending_sets(lab: Lab) -> None:
+    device = lab.loop(16 * MIB)
+    one = lab.track(device)
+    other = Watch(lab.store, device, "other")
+    write(device, MIB)
+    assert pairs(one.take()) == [(MIB, 4 * KIB)]
+    write(device, 2 * MIB)
+    assert pairs(one.take()) == [(2 * MIB, 4 * KIB)]
+    assert pairs(other.take()) == [(MIB, 4 * KIB), (2 * MIB, 4 * KIB)]
+    assert pairs(one.take()) == pairs(other.take()) == []
+
+
+def test_instances_do_not_meet(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees every change, and ending one leaves the other alone."""
+    device = lab.loop(16 * MIB)
+    watch = lab.track(device)
+    with monkeypatch.context() as patch:
+        patch.setenv("BLKTRACK_ROOT", str(lab.folder / "second"))
+        second = Lab(lab.folder / "second", lab.stack)
+        other = second.track(device)
+        write(device, MIB)
+        assert pairs(other.take()) == [(MIB, 4 * KIB)]
+        second.untrack(device)
+    write(device, 3 * MIB)
+    assert pairs(watch.take()) == [(MIB, 4 * KIB), (3 * MIB, 4 * KIB)]
+
+
+def test_sixty_four_devices_and_no_more(lab: Lab) -> None:
+    disk = lab.loop(65 * MIB)
+    parts = [lab.partition(disk, n + 1, n * MIB, MIB) for n in range(abi.SLOTS + 1)]
+    watches = [lab.track(part) for part in parts[:-1]]
+    with pytest.raises(BlktrackError, match="64 devices are tracked already") as refusal:
+        lab.track(parts[-1])
+    assert "untrack" in refusal.value.hint
+    write(disk, MIB - 8 * KIB, 16 * KIB)
+    write(disk, 63 * MIB, 2 * MIB)
+    found = [pairs(watch.take()) for watch in watches]
+    assert found[0] == [(MIB - 8 * KIB, 8 * KIB)]
+    assert found[1] == [(0, 8 * KIB)]
+    assert not any(found[2:63])
+    assert found[63] == [(0, MIB)]
+    lab.untrack(parts[5])
+    lab.track(parts[-1])
+
+
+class Target:
+    """A tracked partition on a loop device, to be broken."""
+
+    def __init__(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lab, self.monkeypatch = lab, monkeypatch
+        self.file = lab.name("disk")
+        self.disk = lab.own_loop(32 * MIB, self.file)
+        self.device = lab.partition(self.disk, 1, 4 * MIB, 16 * MIB)
+        self.watch = lab.track(self.device)
+
+    def pin(self, name: str) -> Path:
+        (found,) = self.lab.store.paths.pins.glob(f"*/{name}")
+        return found
+
+    def lose_program(self) -> None:
+        self.pin("link_blk_rq_complete").unlink()
+
+    def lose_maps(self) -> None:
+        self.pin("stats").unlink()
+
+    def lose_dirty_map(self) -> None:
+        self.pin("slot_0_b").unlink()
+
+    def lose_all_pins(self) -> None:
+        kernel.remove(self.lab.store.paths.pins)
+
+    def replace_dirty_map(self) -> None:
+        planes = libbpf.open_pin(self.pin("planes"))
+        fresh = kernel.create_inner(Geometry(4096))
+        libbpf.update(planes, bytes(4), fresh.to_bytes(4, "little"))
+        os.close(fresh)
+        os.close(planes)
+
+    def attach_anew(self) -> None:
+        """As another device's track does when it finds a program missing."""
+        self.lose_program()
+        self.lab.track(self.lab.loop(16 * MIB))
+
+    def give_slot_away(self) -> None:
+        other = self.lab.loop(16 * MIB)
+        with kernel.Kernel(self.lab.store.paths.pins) as programs:
+            programs.remove(0)
+        self.lab.track(other)
+
+    def lose_state(self) -> None:
+        shutil.rmtree(self.lab.store.run(self.watch.state.id))
+
+    def reboot(self) -> None:
+        self.monkeypatch.setenv("BLKTRACK_BOOT_ID", "another")
+
+    def re_create(self) -> None:
+        detach(self.disk, self.file)
+        run("losetup", "--partscan", self.disk, self.file)
+        self.lab.partition(self.disk, 1, 4 * MIB, 16 * MIB)
+
+    def resize(self) -> None:
+        run("resizepart", self.disk, "1", str(20 * MIB // SECTOR))
+
+    def move(self) -> None:
+        run("delpart", self.disk, "1")
+        self.lab.partition(self.disk, 1, 5 * MIB, 16 * MIB)
+
+
+BREAKS: list[tuple[Callable[[Target], None], str]] = [
+    (Target.lose_program, "program blk_rq_complete is no longer pinned"),
+    (Target.lose_maps, "the tracking maps are gone"),
+    (Target.lose_dirty_map, "the dirty maps of slot 0 are no longer pinned"),
+    (Target.lose_all_pins, "the tracking maps are gone"),
+    (Target.replace_dirty_map, "slot 0 has another dirty map than the pinned ones"),
+    (Target.attach_anew, "was detached and attached anew"),
+    (Target.give_slot_away, "detached and attached anew"),
+    (Target.lose_state, "its state in"),
+    (Target.reboot, "the host was rebooted"),
+    (Target.re_create, "the device was re-created"),
+    (Target.resize, "the device was resized from 16 MiB to 20 MiB"),
+    (Target.move, f"the partition was moved from byte {4 * MIB} to {5 * MIB}"),
+]
+
+
+@pytest.mark.parametrize(("break_it", "reason"), BREAKS, ids=[work.__name__ for work, _ in BREAKS])
+def test_a_gap_is_named_and_closed_by_one_resync(
+    lab: Lab,
+    monkeypatch: pytest.MonkeyPatch,
+    break_it: Callable[[Target], None],
+    reason: str,
+) -> None:
+    target = Target(lab, monkeypatch)
+    device, replica = target.device, lab.name("replica")
+    lab.sync(device, replica)
+    before = lab.status(device)
+    break_it(target)
+    write(device, MIB)
+    for _ in range(2):
+        found = lab.status(device)
+        assert found["state"] == "gap"
+        assert reason in found["reason"]
+        assert [reason in doubt["reason"] for doubt in found["doubts"]] == [True]
+        (link,) = found["links"]
+        assert (link["state"], link["pending_bytes"]) == ("resync", None)
+        assert reason in link["reason"]
+    listed = lab.blktrack("extents", device)
+    assert listed.code == 3
+    assert reason in listed.err
+    assert "-> " in listed.err, "with what to do"
+    refused = lab.blktrack("sync", device, replica, "--no-resync")
+    assert refused.code == 3
+    assert reason in refused.err
+    if break_it is Target.resize:
+        return  # the replica is too small for what the source has become
+    done = lab.sync(device, replica)
+    assert done.mode == "resync"
+    assert reason in done.reason
+    after = lab.status(device)
+    assert (after["state"], after["reason"]) == ("tracking", "")
+    assert after["generation"] not in ("", before["generation"])
+    assert len(after["doubts"]) == 1
+    write(device, 2 * MIB)
+    assert lab.sync(device, replica).mode == "incremental"
+    assert not sectors.faults(read_image(device), read_image(replica))
+
+
+def test_track_closes_a_gap(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(lab, monkeypatch)
+    before = lab.status(target.device)["generation"]
+    target.lose_program()
+    again = lab.blktrack("track", target.device, "--json").json
+    assert again["began"]
+    assert again["generation"] != before
+    assert lab.status(target.device)["state"] == "tracking"
+
+
+def test_an_absent_device(lab: Lab) -> None:
+    file = lab.name("disk")
+    device = lab.own_loop(16 * MIB, file)
+    lab.track(device)
+    detach(device, file)
+    found = lab.status(device)
+    assert (found["state"], found["reason"]) == ("absent", "no device with its identity is there")
+    # Back under another name it is known again, by what is in it.
+    elsewhere = lab.loop(16 * MIB, file=file)
+    found = lab.status(elsewhere)
+    assert (found["device"], found["state"]) == (elsewhere, "gap")
+    assert "re-created" in found["reason"]
+    assert lab.blktrack("untrack", device).code == 0
+    assert lab.blktrack("extents", elsewhere).code == 3
+
+
+@pytest.mark.parametrize(
+    ("counter", "reason"),
+    [
+        ("opaque", "pass-through or unknown commands"),
+        ("beyond", "beyond the end"),
+        ("full", "could not be remembered"),
+        ("stale", "never seen to complete"),
+        ("overflow", "more ranges than can be followed"),
+    ],
+)
+def test_a_counted_loss_ends_the_generation(lab: Lab, counter: str, reason: str) -> None:
+    device = lab.loop(16 * MIB)
+    watch = lab.track(device)
+    counts = np.zeros(possible_cpus(), dtype=abi.STATS)
+    counts[counter] = 1
+    stats = libbpf.open_pin(next(lab.store.paths.pins.glob("*/stats")))
+    libbpf.update(stats, bytes(4), counts.tobytes())
+    os.close(stats)
+    assert lab.status(device)["losses"] == possible_cpus()
+    with pytest.raises(Gap, match=reason):
+        watch.take()
+    found = lab.status(device)
+    assert found["state"] == "gap"
+    assert reason in found["reason"]
+
+
+class Death(Exception):
+    """Stands for SIGKILL: nothing that follows is done."""
+
+
+# Where a drain may be interrupted, by the call that is never returned from or never begun.
+DEATHS = {
+    "before the swap is announced": (Store, "save_epoch", 0, True),
+    "before the swap": (kernel.Kernel, "swap", 0, True),
+    "after the swap": (kernel.Kernel, "swap", 0, False),
+    "before the first merge": (Planes, "merge_into", 0, True),
+    "after the first merge": (Planes, "merge_into", 0, False),
+    "after the second merge": (Planes, "merge_into", 1, False),
+    "before the clearing": (Planes, "clear", 0, True),
+    "after the clearing": (Planes, "clear", 0, False),
+    "before the epoch is saved": (Store, "save_epoch", 1, True),
+    "after the epoch is saved": (Store, "save_epoch", 1, False),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_drain_that_died_loses_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, death: str
+) -> None:
+    owner, name, number, before = DEATHS[death]
+    device = lab.loop(16 * MIB)
+    one = lab.track(device)
+    other = Watch(lab.store, device, "other")
+    call, calls = getattr(owner, name), iter(range(100))
+
+    def dying(*args: Any) -> Any:
+        dies = next(calls) == number
+        if dies and before:
+            raise Death
+        result = call(*args)
+        if dies:
+            raise Death
+        return result
+
+    write(device, MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Death):
+            one.drain()
+    write(device, 2 * MIB)
+    listed = tracker.extents(lab.store, device, None)
+    assert {(2 * MIB, 4 * KIB)} <= set(pairs(listed.extents))
+    expected = [(MIB, 4 * KIB), (2 * MIB, 4 * KIB)]
+    assert pairs(one.take()) == expected
+    assert pairs(other.take()) == expected
+    assert pairs(one.take()) == pairs(other.take()) == []
+
+
+def test_a_half_cleared_map_marks_nothing_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of full words is noted above them; clearing that was cut short must not forget it."""
+    device = lab.loop(64 * MIB)
+    watch = lab.track(device)
+    run("blkdiscard", "--offset", str(MIB), "--length", str(40 * MIB), device)
+    clear = Planes.clear
+
+    def half(planes: Planes, found: list[bitmap.Indices]) -> None:
+        clear(planes, [words[: len(words) // 2] for words in found])
+        raise Death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Planes, "clear", half)
+        with pytest.raises(Death):
+            watch.drain()
+    assert pairs(watch.take()) == [(MIB, 40 * MIB)]
+    assert pairs(watch.take()) == []
+
+
+def test_killed_commands_lose_nothing(lab: Lab, seed: int) -> None:
+    """SIGKILL at random instants of track, sync and status, while the device is written."""
+    killed(lab, random.Random(seed), 15)
+
+
+@pytest.mark.soak
+def test_many_killed_commands_lose_nothing(lab: Lab, seed: int) -> None:
+    killed(lab, random.Random(seed), 1000)
+
+
+def killed(lab: Lab, rng: random.Random, rounds: int) -> None:
+    device, replica = lab.loop(32 * MIB), lab.name("replica")
+    fill(device)
+    lab.track(device)
+    lab.sync(device, replica)
+    ended = 0
+    for number in range(1, rounds + 1):
+        for _ in range(8):
+            offset = rng.randrange(32 * MIB // (4 * KIB)) * 4 * KIB
+            write(device, offset, 4 * KIB, number)
+        words = rng.choice([["sync", device, str(replica)]] * 3 + [["status"], ["track", device]])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "blktrack", *words],
+            cwd=TOP,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, errors = process.communicate(timeout=rng.uniform(0.02, 0.5))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        else:
+            ended += 1
+            assert process.returncode == 0, errors
+    last = lab.sync(device, replica)
+    assert last.mode in ("incremental", "nothing"), last.reason
+    found = sectors.faults(read_image(device), read_image(replica))
+    assert not found, sectors.describe(found)
+    told(f"{rounds - ended} of {rounds} commands killed in the middle, nothing lost or resynced")
+
+
+@pytest.mark.needs("fio")
+def test_status_reads_maps_in_use(lab: Lab) -> None:
+    """Many words, set while they are scanned. Discards take no memory."""
+    device = lab.loop(64 * GIB)
+    lab.track(device, 4 * KIB)
+    with load(device, "--rw=randtrim", "--norandommap", "--time_based", "--runtime=1h"):
+        wait_until(lambda: lab.status(device)["writes"] > 1000, "the load")
+        for _ in range(60):
+            lab.status(device)
