@@ -13,8 +13,10 @@ import pytest
 
 from blktrack import extent, linux
 from blktrack.sysfs import BlockDevice
+from blktrack.tracker.tracking import Gap
 from blktrack.units import GIB, KIB, MIB, SECTOR
 from tests.blockdev import Lab, Watch, every_kind, flush, pairs, read_image, write_direct
+from tests.uring import discard_at_once
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 
@@ -251,6 +253,42 @@ def test_twelve_devices_at_once(lab: Lab) -> None:
     for number, watch in enumerate(watches):
         if number % 2:
             assert taken(watch) == [(number * 8 * KIB, 4 * KIB)]
+
+
+def merged_discards(disk: str, ranges: Ranges) -> None:
+    """One request of as many bios. Skips the test where the kernel cannot be asked for that."""
+    counts = Path(f"/sys/block/{Path(disk).name}/stat")
+    before = counts.read_text(encoding="ascii").split()
+    try:
+        discard_at_once(disk, ranges)
+    except OSError as error:
+        pytest.skip(f"no batches of discards: {error.strerror}")
+    after = counts.read_text(encoding="ascii").split()
+    assert [int(after[n]) - int(before[n]) for n in (11, 12)] == [1, len(ranges) - 1]
+
+
+def test_merged_discards(lab: Lab) -> None:
+    """Each bio of the request is marked, for each tracked device of the disk."""
+    disk = lab.loop(64 * MIB)
+    part = lab.partition(disk, 1, 2 * MIB - 63 * SECTOR, 32 * MIB)
+    whole = lab.track(disk, SECTOR)
+    merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(256)])
+    assert taken(whole) == [(MIB, 256 * 8 * KIB)]
+    inner = lab.track(part, 4 * KIB)
+    for count in (3, 23, 128):
+        merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(count)])
+        assert taken(whole) == [(MIB, count * 8 * KIB)]
+        inside = (63 * SECTOR - MIB, count * 8 * KIB)
+        assert taken(inner) == granules([inside], 4 * KIB, 32 * MIB)
+
+
+def test_more_merged_discards_than_can_be_followed(lab: Lab) -> None:
+    """They are never passed over in silence."""
+    disk = lab.loop(64 * MIB)
+    watch = lab.track(disk)
+    merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(300)])
+    with pytest.raises(Gap, match="more ranges than can be followed"):
+        watch.take()
 
 
 @every_kind
