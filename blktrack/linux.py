@@ -48,6 +48,9 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
+# linux/fcntl.h, linux/fs.h
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
 # linux/stat.h
 AT_EMPTY_PATH = 0x1000
 STATX_DIOALIGN = 0x2000
@@ -109,6 +112,14 @@ def punch_hole(fd: int, start: int, length: int) -> None:
 def zero_range(fd: int, start: int, length: int) -> None:
     """Make a range read as zeroes, keeping its space."""
     _allocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, start, length)
+
+
+def exchange(one: os.PathLike[str], other: os.PathLike[str]) -> None:
+    """Let two files have each other's names, in one step (renameat2 with RENAME_EXCHANGE)."""
+    names = os.fsencode(one), os.fsencode(other)
+    if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def data_extents(fd: int) -> Iterator[tuple[int, int]]:

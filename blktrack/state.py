@@ -14,6 +14,7 @@ only added, or cleared after they have a safer home, so a process may die betwee
 
 - drain: kernel map -> `pending`, then the map is cleared. Died before: merged again, adds nothing.
 - take: `pending` -> `shipping`, then `pending` is cleared. Died before: shipped from both, once.
+  Or, `shipping` being empty, the two files change places in one step.
 - ship: replica flushed, then bits of `shipping` are cleared. Died before: shipped again.
 - fill: all bits of `shipping` are set, then LINK.json says so. Died before: filled again.
 """

@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from blktrack import bitmap
+from blktrack import bitmap, linux
 from blktrack.bitmap import Words
 from blktrack.extent import ExtentArray
 from blktrack.state import BitFile, LinkState
@@ -24,7 +24,7 @@ class LinkSets:
     """
 
     def __init__(self, tracking: Tracking, link: LinkState, *, create: bool = False) -> None:
-        folder = tracking.store.link_run(tracking.state.id, link.id)
+        self._folder = folder = tracking.store.link_run(tracking.state.id, link.id)
         self.granularity, self.size = tracking.state.granularity, tracking.state.size
         self.granules = tracking.window.geometry.granules
         self.shipping = BitFile(folder / "shipping", tracking.words, create=create)
@@ -33,9 +33,19 @@ class LinkSets:
 
     def take(self) -> ExtentArray:
         """Move what is pending into the set to ship; all that is to be shipped now."""
-        bitmap.or_into(self.shipping.words, self.pending.words, self.pending.nonzero())
-        self.pending.clear()
+        if len(self.shipping.nonzero()) or not self._exchange():
+            bitmap.or_into(self.shipping.words, self.pending.words, self.pending.nonzero())
+            self.pending.clear()
         return self.extents()
+
+    def _exchange(self) -> bool:
+        """Let the sets change places: the kernel takes long to make the pages of a copy."""
+        try:
+            linux.exchange(self._folder / "pending", self._folder / "shipping")
+        except OSError:  # a file system that cannot
+            return False
+        self.pending, self.shipping = self.shipping, self.pending
+        return True
 
     def fill(self) -> None:
         """Everything has to be shipped or compared."""
