@@ -1,0 +1,113 @@
+"""Parts of a sync, timed from inside a process of their own: what they print is JSON.
+
+    inside.py copy SOURCE REPLICA GRANULARITY < extents    the copy phase; lines of "start length"
+    inside.py drain DEVICE                                 swap, drain and extents of its one link
+
+A sync is a fresh process, so each run is one too: nothing is warm that would not be.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from blktrack import bitmap, extent
+from blktrack.bpf import planes
+from blktrack.bpf.kernel import Kernel
+from blktrack.config import Paths
+from blktrack.ship.copy import copy
+from blktrack.ship.endpoint import open_end
+from blktrack.state import BitFile, Store
+from blktrack.tracker.link import LinkSets
+from blktrack.tracker.tracker import find, hold
+from blktrack.tracker.tracking import Tracking
+
+Result = dict[str, float]
+
+
+def copy_phase(source: str, replica: str, granularity: int) -> Result:
+    """Open both ends, copy the extents, make them durable and account for them, as a sync does."""
+    extents = np.loadtxt(sys.stdin, dtype=np.int64, ndmin=2)
+    size = int(extents[-1].sum())
+    shipping = np.zeros(bitmap.words_for(bitmap.granules_for(size, granularity)), dtype=np.uint64)
+    begun = time.perf_counter()
+    with open_end(source) as reading, open_end(replica, writable=True) as writing:
+        copied = copy(
+            reading,
+            writing,
+            extents,
+            granularity=granularity,
+            checkpoint=lambda done: bitmap.clear_extents(shipping, granularity, size, done),
+        )
+        seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "bytes": copied.bytes_written + copied.bytes_zeroed}
+
+
+def drain(path: str) -> Result:
+    """Milliseconds from the swap to the extents to ship, and of its parts."""
+    parts: Result = {}
+    for owner, name, part in (
+        (Kernel, "swap", "swap_ms"),
+        (planes.Planes, "nonzero", "scan_ms"),
+        (planes.Planes, "merge_into", "merge_ms"),
+        (planes.Planes, "clear", "clear_ms"),
+        (BitFile, "nonzero", "scan_of_sets_ms"),
+        (bitmap, "extents", "extents_ms"),
+        (Store, "save_epoch", "save_ms"),
+    ):
+        _time(owner, name, parts, part)
+    store = Store(Paths.from_environment())
+    state, device = find(store, path)
+    (link,) = store.links(state.id)
+    with hold(store, state.id, path):
+        begun = time.perf_counter()
+        with Tracking(store, state, device) as tracking:
+            opened = time.perf_counter()
+            tracking.drain()
+            drained = time.perf_counter()
+            with LinkSets(tracking, link) as sets:
+                extents = sets.take()
+                taken = time.perf_counter()
+                sets.all_shipped()
+    return {
+        "total_ms": 1000 * (taken - opened),
+        "drain_ms": 1000 * (drained - opened),
+        "take_ms": 1000 * (taken - drained),
+        "open_ms": 1000 * (opened - begun),
+        **parts,
+        "extents": len(extents),
+        "bytes": extent.total(extents),
+    }
+
+
+def _time(owner: Any, name: str, parts: Result, part: str) -> None:
+    """Add the milliseconds that calls of a function take to `part`."""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            parts[part] = parts.get(part, 0.0) + 1000 * (time.perf_counter() - begun)
+
+    setattr(owner, name, wrapper)
+
+
+def main(words: list[str]) -> None:
+    if words[0] == "copy":
+        result = copy_phase(words[1], words[2], int(words[3]))
+    else:
+        result = drain(words[1])
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
