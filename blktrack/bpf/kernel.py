@@ -18,7 +18,7 @@ import ctypes as ct
 import mmap
 import os
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +30,7 @@ from blktrack import sysfs
 from blktrack.bpf import abi, layout, libbpf
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.compile import compile_programs, fingerprint, source
-from blktrack.bpf.planes import Geometry, Planes, possible_cpus, read_stats
+from blktrack.bpf.planes import Geometry, Planes, Reading, possible_cpus, stats_reader
 from blktrack.errors import BlktrackError
 from blktrack.units import SECTOR
 
@@ -241,18 +241,25 @@ class Kernel:
                 both.append(Planes(fd, geometry))
         except (OSError, ValueError) as error:
             raise Detached(f"the dirty maps of slot {slot} are no longer pinned") from error
-        raw = libbpf.lookup(self._fds["planes"], _key(slot), 4)
-        active = int.from_bytes(raw, "little") if raw else 0
+        active = self.active_map(slot)
         if active not in (both[0].id, both[1].id):
             raise Detached(f"slot {slot} has another dirty map than the pinned ones")
         return (both[0], both[1]) if active == both[0].id else (both[1], both[0])
+
+    def active_map(self, slot: int) -> int:
+        """The id of the inner map that the programs mark for a slot; 0 if it has none."""
+        raw = libbpf.lookup(self._fds["planes"], _key(slot), 4)
+        return int.from_bytes(raw, "little") if raw else 0
 
     def swap(self, slot: int, retired: Planes) -> None:
         """Make the (clear) retired map active. On return no program touches the other any more."""
         libbpf.update(self._fds["planes"], _key(slot), _key(retired.fd))
 
     def stats(self, slot: int) -> dict[str, int]:
-        return read_stats(self._fds["stats"], slot)
+        return self.stats_reader(slot)()()
+
+    def stats_reader(self, slot: int) -> Callable[[], Reading]:
+        return stats_reader(self._fds["stats"], slot)
 
     def in_flight(self, disk: int) -> list[tuple[int, int]]:
         """Bios of a bio-based disk between queue and completion, as (address, first byte)."""

@@ -19,6 +19,7 @@ from blktrack.device import bypasses_bios, device_id
 from blktrack.errors import BlktrackError, Refused, UsageError
 from blktrack.state import BitFile, DeviceState, Doubt, Epoch, Store
 from blktrack.sysfs import BlockDevice, boot_id
+from blktrack.tracker import account
 from blktrack.units import KIB, MIB, format_size
 
 MAP_BUDGET = 32 * MIB  # kernel memory for the dirty maps of one device, by default
@@ -74,6 +75,9 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
             state.slot = kernel.add(window)
             active, retired = kernel.planes(state.slot, window.geometry)
             state.maps = [active.id, retired.id]
+            counts = None
+            if account.available(device):
+                counts = account.take(device, kernel.stats_reader(state.slot))
     if window.kind == abi.KIND_BIO:
         _wait_for_unseen_bios(device)
     submit, complete = (programs[name].missed for name in _names(window.kind))
@@ -85,6 +89,8 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
     words = window.geometry.levels[0]
     BitFile(store.run(number) / "settling", words, create=True).close()
     epoch = Epoch(state.generation, submit_missed=submit, complete_missed=complete)
+    if counts:
+        epoch.unbegun, epoch.unended = counts.unbegun, counts.unended
     store.save_epoch(number, epoch)
     store.save_device(state)
     return state
@@ -100,12 +106,11 @@ def end(store: Store, state: DeviceState, reason: str) -> None:
 
 
 def detach(store: Store, state: DeviceState) -> None:
-    """Free the device's slot in the kernel; what is gone already is no error."""
+    """Free the device's slot in the kernel, unless another device has it by now."""
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
         try:
             with Kernel(store.paths.pins) as kernel:
-                window = kernel.window(state.slot)
-                if window and (window.start, window.length) == (state.start, state.size):
+                if kernel.active_map(state.slot) in state.maps:
                     kernel.remove(state.slot)
         except Detached:
             return
