@@ -486,3 +486,21 @@ def test_status_reads_maps_in_use(lab: Lab) -> None:
         wait_until(lambda: lab.status(device)["writes"] > 1000, "the load")
         for _ in range(60):
             lab.status(device)
+
+
+def test_a_device_in_the_place_of_another(lab: Lab) -> None:
+    """It has the other's number, slot and size: ending the one must not end the other."""
+    first, second = lab.name("disk"), lab.name("disk")
+    node = lab.own_loop(16 * MIB, first)
+    one = lab.track(node)
+    detach(node, first)
+    shutil.copy(first, second)
+    run("losetup", "--partscan", node, second)
+    lab.stack.callback(detach, node, second)
+    other = lab.track(node)
+    assert other.state.id != one.link.id
+    write(node, MIB)
+    elsewhere = lab.loop(16 * MIB, file=first)
+    assert lab.status(elsewhere)["state"] == "gap"
+    lab.untrack(elsewhere)
+    assert pairs(other.take()) == [(MIB, 4 * KIB)]
