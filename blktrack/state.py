@@ -95,6 +95,8 @@ class Epoch:
     submit_missed: int = 0  # program runs skipped by the kernel that are accounted for
     complete_missed: int = 0
     submit_unsure: bool = False  # the epoch before missed submissions
+    unbegun: int | None = None  # Account of what is accounted for; None: the kernel keeps none
+    unended: int | None = None
 
 
 class BitFile:

@@ -43,6 +43,8 @@ WINDOWS = np.dtype(
 # Writer: the programs, one copy for each CPU. Reader: user space. Never reset while attached.
 STATS = np.dtype(
     [
+        ("begun", "u8"),  # bytes of all changes of the whole disk that were seen to begin
+        ("ended", "u8"),  # and to end
         ("writes", "u8"),  # changes completed
         ("written", "u8"),  # and their bytes
         ("opaque", "u8"),  # pass-through or unknown operation that may have changed anything

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes as ct
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -107,11 +107,20 @@ def possible_cpus() -> int:
     return int(libbpf.library().libbpf_num_possible_cpus())
 
 
-def read_stats(fd: int, slot: int) -> dict[str, int]:
-    """Counters of a slot, summed over the CPUs."""
-    cpus = possible_cpus()
-    raw = libbpf.lookup(
-        fd, ct.c_uint32(slot).value.to_bytes(4, "little"), cpus * abi.STATS.itemsize
-    )
-    values = np.frombuffer(raw or b"", dtype=abi.STATS)
-    return {name: int(values[name].sum()) for name in abi.STATS.names or ()}
+Reading = Callable[[], dict[str, int]]
+
+
+def stats_reader(fd: int, slot: int) -> Callable[[], Reading]:
+    """A function that reads the counters of a slot; what it returns sums them over the CPUs."""
+    key, size = slot.to_bytes(4, "little"), possible_cpus() * abi.STATS.itemsize
+
+    def read() -> Reading:
+        raw = libbpf.lookup(fd, key, size)
+
+        def decode() -> dict[str, int]:
+            values = np.frombuffer(raw or b"", dtype=abi.STATS)
+            return {name: int(values[name].sum()) for name in abi.STATS.names or ()}
+
+        return decode
+
+    return read

@@ -108,7 +108,14 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 {
 	struct window *w = &ws->window[slot];
 	u64 first = r.sector, end = r.sector + r.sectors;
+	struct stats *s = stats_of(slot);
 	void *map;
+
+	/* Plain additions: a program never runs twice at once on a CPU, and only one adds to each. */
+	if (s && plane == SUBMITTED)
+		s->begun += r.sectors << 9;
+	if (s && plane == COMPLETED)
+		s->ended += r.sectors << 9;
 
 	if (end > w->end) {
 		if (w->whole)
@@ -125,13 +132,9 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 		return;
 	mark_granules(w, map, plane, (first - w->start) >> w->shift, (end - 1 - w->start) >> w->shift);
 
-	if (plane == COMPLETED) {
-		struct stats *s = stats_of(slot);
-
-		if (s) {
-			s->writes++;
-			s->written += (end - first) << 9;
-		}
+	if (s && plane == COMPLETED) {
+		s->writes++;
+		s->written += (end - first) << 9;
 	}
 }
 

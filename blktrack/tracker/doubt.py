@@ -5,6 +5,7 @@ from __future__ import annotations
 from blktrack.bpf.kernel import Kernel, Program
 from blktrack.state import DeviceState, Epoch
 from blktrack.sysfs import BlockDevice, boot_id
+from blktrack.tracker.account import Account
 from blktrack.units import format_size
 
 _LOSSES = {
@@ -57,6 +58,20 @@ def of_counters(stats: dict[str, int]) -> str | None:
     """Losses that the programs counted; the counters began at zero with the generation."""
     found = [text.format(n=stats[name]) for name, text in _LOSSES.items() if stats[name]]
     return "; ".join(found) or None
+
+
+def unseen(epoch: Epoch, account: Account | None) -> bool:
+    """Did the kernel end changes without a program seeing it?"""
+    return bool(account and epoch.unended is not None and account.unended > epoch.unended)
+
+
+def of_account(epoch: Epoch, account: Account | None) -> str | None:
+    """Changes seen to begin are covered by the submitted planes; others are not."""
+    if account and epoch.unbegun is not None and unseen(epoch, account):
+        count = account.unbegun - epoch.unbegun
+        if count > 0:
+            return f"{format_size(count)} of changes were seen by the kernel alone"
+    return None
 
 
 def of_misses(epoch: Epoch, submit: Program, complete: Program, *, bio: bool) -> str | None:

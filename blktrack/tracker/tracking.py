@@ -19,7 +19,8 @@ from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
 from blktrack.errors import BlktrackError
 from blktrack.state import BitFile, DeviceState, Store
 from blktrack.sysfs import BlockDevice
-from blktrack.tracker import doubt, generation
+from blktrack.tracker import account, doubt, generation
+from blktrack.tracker.account import Account
 
 
 class Gap(BlktrackError):
@@ -106,12 +107,15 @@ class Tracking:
         self.store.save_epoch(self.state.id, self.epoch)
         # Read before the swap: what is missed from here on counts for the next epoch too.
         submit, complete = self._program_pair()
+        before = self._account()
         self.kernel.swap(self.state.slot, self.retired)
         at = time.time()
         self.active, self.retired = self.retired, self.active
         self._absorb()
         self.epoch.number += 1
         self.epoch.submit_missed, self.epoch.complete_missed = submit.missed, complete.missed
+        if before and before.exact and self.epoch.unended is not None:
+            self.epoch.unended = max(self.epoch.unended, before.unended)
         self.store.save_epoch(self.state.id, self.epoch)
         return Swap(self.state.generation, self.epoch.number, at)
 
@@ -119,13 +123,16 @@ class Tracking:
         """Merge the retired map into every link's pending set, then clear it."""
         assert self.kernel
         submit, complete = self._program_pair()
-        reason = doubt.of_counters(self.kernel.stats(self.state.slot)) or doubt.of_misses(
-            self.epoch, submit, complete, bio=self.window.kind == abi.KIND_BIO
+        counts = self._account()
+        reason = (
+            doubt.of_counters(self.kernel.stats(self.state.slot))
+            or doubt.of_misses(self.epoch, submit, complete, bio=self.window.kind == abi.KIND_BIO)
+            or doubt.of_account(self.epoch, counts)
         )
         if reason:
             self._end(reason)
         found = self.retired.nonzero()
-        missed = complete.missed != self.epoch.complete_missed
+        missed = complete.missed != self.epoch.complete_missed or doubt.unseen(self.epoch, counts)
         with BitFile(self.store.run(self.state.id) / "settling", self.words) as settling:
             for path in self.link_files("pending"):
                 with BitFile(path, self.words) as pending:
@@ -133,14 +140,23 @@ class Tracking:
                     if missed:
                         self.retired.merge_into(abi.SUBMITTED, pending.words, found[abi.SUBMITTED])
                         bitmap.or_into(pending.words, settling.words, settling.nonzero())
-            settled = self.device.disk.in_flight == 0
+            settled = self.device.disk.in_flight == 0 and (counts is None or counts.exact)
             if settled:
                 settling.clear()
+                if counts and not missed:
+                    self.epoch.unbegun = counts.unbegun
             self.retired.merge_into(abi.SUBMITTED, settling.words, found[abi.SUBMITTED])
         self.retired.clear(found)
         unsure = self.epoch.submit_unsure and not settled
         self.epoch.submit_unsure = unsure or submit.missed != self.epoch.submit_missed
         self.epoch.clear = True
+
+    def _account(self) -> Account | None:
+        """The programs' counts against the kernel's; None if it kept none when tracking began."""
+        assert self.kernel
+        if self.epoch.unended is None or not account.available(self.device):
+            return None
+        return account.take(self.device, self.kernel.stats_reader(self.state.slot))
 
     def _program_pair(self) -> tuple[Program, Program]:
         """The submission and the completion program as they are now."""

@@ -1,0 +1,84 @@
+"""Completions that no program saw, not even to be skipped: found by the kernel's own count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blktrack import sync
+from blktrack.bpf import compile
+from blktrack.errors import ResyncNeeded
+from blktrack.report import SyncReport
+from blktrack.units import KIB, MIB
+from tests import sectors
+from tests.blockdev import Lab, Silent, pairs, read_image, write_direct
+from tests.test_oracle import fill, missed
+
+on_loop = pytest.mark.needs("root", "loop", "bpf")
+COMPLETE = "int blk_rq_complete(u64 *ctx)\n{\n"
+ISSUE = "int blk_rq_issue(u64 *ctx)\n{\n"
+# Blind to the blocks at 5 MiB, as if the program had not run for them.
+BLIND = "\tif (FIELD(u64, (void *)ctx[0], RQ_SECTOR) == 10240)\n\t\treturn 0;\n"
+
+
+def blinded(monkeypatch: pytest.MonkeyPatch, folder: Path, *programs: str) -> None:
+    """Compile programs that overlook some changes."""
+    here = Path(compile.__file__).parent
+    copy = folder / "bpf"
+    copy.mkdir()
+    text = (here / "track.c").read_text()
+    for program in programs:
+        assert program in text
+        text = text.replace(program, program + BLIND)
+    (copy / "track.c").write_text(text)
+    (copy / "track.h").write_text((here / "track.h").read_text())
+    monkeypatch.setattr(compile, "_HERE", copy)
+
+
+def change(device: str, offset: int, number: int) -> None:
+    write_direct(device, offset, sectors.make(offset, 4 * KIB, number))
+
+
+@on_loop
+def test_a_completion_that_no_program_saw_is_covered(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blinded(monkeypatch, lab.folder, COMPLETE)
+    device = lab.loop(16 * MIB)
+    fill(device)
+    watch = lab.track(device)
+    for number in range(1, 4):
+        before = read_image(device)
+        change(device, 5 * MIB, number)
+        change(device, 7 * MIB, number)
+        tracked = watch.take()
+        assert not len(missed(before, read_image(device), tracked))
+    # Accounted for, it does not make the next epochs larger.
+    change(device, 9 * MIB, 4)
+    watch.take()
+    change(device, 11 * MIB, 5)
+    assert pairs(watch.take()) == [(11 * MIB, 4 * KIB)]
+
+
+@on_loop
+def test_a_change_that_no_program_saw_at_all_is_a_doubt(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blinded(monkeypatch, lab.folder, COMPLETE, ISSUE)
+    device, replica = lab.loop(16 * MIB), str(lab.name("replica"))
+    fill(device)
+    lab.track(device)
+
+    def synced(options: sync.Options) -> SyncReport:
+        # In this process: another would not take the blinded programs for its own.
+        return sync.sync(lab.store, device, replica, options, Silent())[0]
+
+    assert synced(sync.Options()).mode == "initial"
+    change(device, 5 * MIB, 1)
+    with pytest.raises(ResyncNeeded, match="seen by the kernel alone"):
+        synced(sync.Options(no_resync=True))
+    done = synced(sync.Options())
+    assert (done.mode, done.bytes_shipped) == ("resync", 4 * KIB)
+    assert not sectors.faults(read_image(device), read_image(replica))
+    assert synced(sync.Options()).mode == "nothing"
