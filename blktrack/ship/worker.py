@@ -17,6 +17,7 @@ from blktrack.ship.limit import RateLimit
 from blktrack.ship.plan import MAX_REQUESTS, Batch, Piece
 
 ZERO_PIECE = 64 << 10  # zeroes are looked for in aligned pieces of this size
+_LOOK = 128 << 10  # of what is to be zero, so much or less is read before
 _GIVE_UP = 1024  # failed reads after which a failed request is no longer searched for its good part
 _GONE = {errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM, errno.EBADF}
 
@@ -202,20 +203,33 @@ class Crew:
             if not equal
         ]
 
+    def _zero(self, pieces: Batch, hand: _Hand) -> None:
+        """Make pieces of the replica zero, the small ones only if they are not: around scattered
+        changes they mostly are, and a hole costs far more than a look."""
+        small = [piece for piece in pieces if piece.length <= _LOOK]
+        looked = False
+        with contextlib.suppress(EndError):
+            # Into the place of the source's zeroes, which are not needed any more.
+            _read_all(self._replica, small, hand.source, hand.requests(small))
+            looked = True
+        for start, length, at in pieces:
+            if not (looked and length <= _LOOK and hand.source.is_zero(at, length)):
+                self._replica.zero(start, length)
+
     def _store(self, pieces: Batch, hand: _Hand, outcome: Outcome) -> None:
         """Write pieces, their whole zero parts as zeroes."""
         data: Batch = []
+        zeroes: Batch = []
         for start, length, at in pieces:
             shift = at - start
             for begin, end, zero in _runs(
                 start, start + length, ZERO_PIECE, shift, hand.source.is_zero
             ):
-                if not zero:
-                    data.append(Piece(begin, end - begin, begin + shift))
-                    continue
-                outcome.zeroed += end - begin
-                if not self._known_zero:
-                    self._replica.zero(begin, end - begin)
+                part = Piece(begin, end - begin, begin + shift)
+                (zeroes if zero else data).append(part)
+        outcome.zeroed += sum(length for _, length, _ in zeroes)
+        if not self._known_zero:
+            self._zero(zeroes, hand)
         if requests := hand.requests(data):
             self._replica.write_many(data, hand.source, requests)
         else:
