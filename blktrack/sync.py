@@ -167,7 +167,7 @@ class _Round:
                     link.reason = reason
                     if mode == "initial":
                         link.cursor = None
-                self.store.save_link(self.number, link)
+                    self.store.save_link(self.number, link)
         if mode == "incremental" and not len(extents):
             mode = "nothing"
         return Plan(mode, reason, swap, extents), sets
