@@ -87,11 +87,19 @@ class Done:
 class Lab:
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.folder = folder
-        self.root = folder / "root"
         self.stack = stack
         self._files = 0
         self.store = Store(Paths.from_environment())
         stack.callback(kernel.remove, self.store.paths.pins)
+
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[Lab]:
+        """A lab of the same instance whose devices and files end before this one's."""
+        with contextlib.ExitStack() as stack:
+            folder = self.name("lab")
+            folder.mkdir()
+            stack.callback(shutil.rmtree, folder)
+            yield Lab(folder, stack)
 
     def name(self, kind: str) -> Path:
         self._files += 1
@@ -311,6 +319,7 @@ class Watch:
     def __init__(self, store: Store, path: str, name: str = "watch") -> None:
         self.store, self.path = store, path
         self.link = LinkState(name, name, "")
+        self._unseen = 0
         with self.open() as tracking, LinkSets(tracking, self.link, create=True):
             pass
 
@@ -334,8 +343,11 @@ class Watch:
             sets.pending.clear()
             drained = bitmap.extents(found, sets.granularity, sets.size)
             counters = tracking.counters()
-        losses = {name: n for name, n in counters.items() if name not in ("writes", "written")}
-        return Look(submitted, completed, drained, losses)
+        harmless = ("begun", "ended", "writes", "written")
+        losses = {name: count for name, count in counters.items() if name not in harmless}
+        unseen = counters["begun"] - counters["ended"]
+        before, self._unseen = self._unseen, unseen
+        return Look(submitted, completed, drained, losses, unseen - before)
 
     def take(self) -> ExtentArray:
         return self.look().drained
@@ -353,6 +365,7 @@ class Look(NamedTuple):
     completed: ExtentArray
     drained: ExtentArray  # pending since the last look
     losses: dict[str, int]
+    unseen: int  # bytes more than at the last look that were seen to begin and not to end
 
 
 def plane(tracking: Tracking, number: int) -> ExtentArray:

@@ -15,7 +15,7 @@ from blktrack import extent, linux
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.tracking import Gap
 from blktrack.units import GIB, KIB, MIB, SECTOR
-from tests.blockdev import Lab, Watch, every_kind, flush, pairs, read_image, write_direct
+from tests.blockdev import Lab, Watch, every_kind, flush, pairs, read_image, told, write_direct
 from tests.uring import discard_at_once
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
@@ -42,9 +42,15 @@ def granules(changed: Iterable[Range], granularity: int, size: int) -> Ranges:
 def taken(watch: Watch) -> Ranges:
     """What changed since the last call; all of it submitted and completed, nothing lost."""
     look = watch.look()
-    assert pairs(look.submitted) == pairs(look.completed) == pairs(look.drained)
+    submitted, drained = pairs(look.submitted), pairs(look.drained)
     assert not any(look.losses.values()), look.losses
-    return pairs(look.drained)
+    if look.unseen:
+        # A kernel that ran no program for a completion (test_account.py): covered, not exact.
+        told(f"{look.unseen} bytes were not seen to end by any program, and covered")
+        assert pairs(extent.from_pairs(submitted + drained)) == drained
+    else:
+        assert submitted == pairs(look.completed) == drained
+    return submitted
 
 
 def write(path: str, start: int, length: int) -> None:
