@@ -35,7 +35,7 @@ from blktrack.tracker import tracker
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.tracking import Tracking
 from blktrack.units import MIB, SECTOR
-from tests.needs import TOOL_PATH
+from tests.needs import TOOL_PATH, zram
 from tests.sectors import Image
 
 LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81  # linux/loop.h
@@ -90,16 +90,21 @@ class Lab:
         self.stack = stack
         self._files = 0
         self.store = Store(Paths.from_environment())
-        stack.callback(kernel.remove, self.store.paths.pins)
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[Lab]:
-        """A lab of the same instance whose devices and files end before this one's."""
+        """A lab of the same instance: what is tracked, made and attached in it ends with it."""
+        before = {state.id for state in self.store.devices()}
         with contextlib.ExitStack() as stack:
             folder = self.name("lab")
             folder.mkdir()
             stack.callback(shutil.rmtree, folder)
-            yield Lab(folder, stack)
+            try:
+                yield Lab(folder, stack)
+            finally:
+                for state in self.store.devices():
+                    if state.wanted and state.id not in before:
+                        tracker.untrack(self.store, state.path)
 
     def name(self, kind: str) -> Path:
         self._files += 1
@@ -230,15 +235,41 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(_TOLD))
 
 
-@pytest.fixture
-def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """Needs root. Its files are in memory where there is a /dev/shm."""
+@contextlib.contextmanager
+def lab_in_memory(patch: pytest.MonkeyPatch) -> Iterator[Lab]:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="blktrack-test-", dir=memory))
         stack.callback(shutil.rmtree, folder)
-        monkeypatch.setenv("BLKTRACK_ROOT", str(folder / "root"))
-        yield Lab(folder, stack)
+        patch.setenv("BLKTRACK_ROOT", str(folder / "root"))
+        made = Lab(folder, stack)
+        stack.callback(kernel.remove, made.store.paths.pins)
+        yield made
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """Needs root. An instance of its own, whose programs have yet to be made."""
+    with lab_in_memory(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def attached() -> Iterator[Lab]:
+    """An instance with a device of each kind tracked, so that its programs stay in the kernel."""
+    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as made:
+        made.track(made.loop(MIB))
+        if not zram():
+            made.track(made.zram(MIB))
+        yield made
+
+
+@pytest.fixture
+def shared(attached: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """A lab of the instance of the session: compiling and verifying the programs takes seconds."""
+    monkeypatch.setenv("BLKTRACK_ROOT", str(attached.folder / "root"))
+    with attached.fresh() as made:
+        yield made
 
 
 def detach(device: str, file: Path) -> None:

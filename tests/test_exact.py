@@ -77,9 +77,9 @@ CHANGES = (write, discard, zero_out)
 
 
 @every_kind
-def test_64_kib(lab: Lab, kind: str) -> None:
-    device = lab.device(kind, 64 * MIB)[0]
-    watch = lab.track(device)
+def test_64_kib(shared: Lab, kind: str) -> None:
+    device = shared.device(kind, 64 * MIB)[0]
+    watch = shared.track(device)
     assert taken(watch) == []
     for change in CHANGES:
         change(device, MIB, 64 * KIB)
@@ -88,30 +88,30 @@ def test_64_kib(lab: Lab, kind: str) -> None:
 
 
 @every_kind
-def test_first_and_last_block(lab: Lab, kind: str) -> None:
-    device = lab.device(kind, 64 * MIB)[0]
+def test_first_and_last_block(shared: Lab, kind: str) -> None:
+    device = shared.device(kind, 64 * MIB)[0]
     found = BlockDevice.find(device)
     size, block = found.size, found.block_size
-    watch = lab.track(device, block)
+    watch = shared.track(device, block)
     for change in CHANGES:
         for start in (0, size - block):
             change(device, start, block)
             assert taken(watch) == [(start, block)]
 
 
-def test_a_last_granule_cut_by_the_end(lab: Lab) -> None:
+def test_a_last_granule_cut_by_the_end(shared: Lab) -> None:
     size = 64 * MIB + 3 * SECTOR
-    device = lab.loop(size)
-    watch = lab.track(device, 64 * KIB)
+    device = shared.loop(size)
+    watch = shared.track(device, 64 * KIB)
     write(device, size - SECTOR, SECTOR)
     assert taken(watch) == [(64 * MIB, 3 * SECTOR)]
 
 
 @every_kind
-def test_a_prime_count(lab: Lab, seed: int, kind: str) -> None:
+def test_a_prime_count(shared: Lab, seed: int, kind: str) -> None:
     """23 writes to 23 separate granules are 23 bits."""
-    device = lab.device(kind, 64 * MIB)[0]
-    watch = lab.track(device, 4 * KIB)
+    device = shared.device(kind, 64 * MIB)[0]
+    watch = shared.track(device, 4 * KIB)
     places = random.Random(seed).sample(range(0, 64 * MIB // (4 * KIB), 2), 23)
     for place in places:
         write(device, place * 4 * KIB, 4 * KIB)
@@ -121,9 +121,9 @@ def test_a_prime_count(lab: Lab, seed: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", [SECTOR, 4 * KIB, 64 * KIB, MIB])
-def test_across_the_edge_of_a_word_and_a_granule(lab: Lab, granularity: int) -> None:
-    device = lab.loop(256 * MIB)
-    watch = lab.track(device, granularity)
+def test_across_the_edge_of_a_word_and_a_granule(shared: Lab, granularity: int) -> None:
+    device = shared.loop(256 * MIB)
+    watch = shared.track(device, granularity)
     word = 64 * granularity
     write(device, word - SECTOR, 2 * SECTOR)
     assert taken(watch) == [(word - granularity, 2 * granularity)]
@@ -138,11 +138,11 @@ def test_across_the_edge_of_a_word_and_a_granule(lab: Lab, granularity: int) -> 
 
 
 @pytest.mark.parametrize("granularity", [SECTOR, 4 * KIB, 64 * KIB, MIB])
-def test_random_ranges(lab: Lab, seed: int, granularity: int) -> None:
+def test_random_ranges(shared: Lab, seed: int, granularity: int) -> None:
     """Against the model, of every size that a device can be asked to change at once."""
     size = 16 * GIB + 24 * KIB
-    device = lab.loop(size)
-    watch = lab.track(device, granularity)
+    device = shared.loop(size)
+    watch = shared.track(device, granularity)
     rng = random.Random(seed)
     for _ in range(60):
         changed = []
@@ -158,26 +158,26 @@ def test_random_ranges(lab: Lab, seed: int, granularity: int) -> None:
 
 @pytest.mark.needs("zram")
 @pytest.mark.parametrize("kind", ["loop-512", "loop-4096", "zram"])
-def test_a_discard_of_1_gib(lab: Lab, kind: str) -> None:
-    device = lab.device(kind, 4 * GIB)[0]
-    watch = lab.track(device, 4 * KIB)
+def test_a_discard_of_1_gib(shared: Lab, kind: str) -> None:
+    device = shared.device(kind, 4 * GIB)[0]
+    watch = shared.track(device, 4 * KIB)
     discard(device, GIB + 4 * KIB, GIB)
     assert taken(watch) == [(GIB + 4 * KIB, GIB)]
 
 
 @pytest.mark.parametrize("granularity", [SECTOR, 4 * KIB, MIB])
-def test_the_largest_discard(lab: Lab, granularity: int) -> None:
-    device = lab.loop(16 * GIB)
-    watch = lab.track(device, granularity)
+def test_the_largest_discard(shared: Lab, granularity: int) -> None:
+    device = shared.loop(16 * GIB)
+    watch = shared.track(device, granularity)
     for start in (0, SECTOR, 5 * GIB - SECTOR, 12 * GIB + SECTOR):
         discard(device, start, LARGEST_DISCARD)
         assert taken(watch) == granules([(start, LARGEST_DISCARD)], granularity, 16 * GIB)
 
 
-def test_a_device_of_16_tib(lab: Lab) -> None:
+def test_a_device_of_16_tib(shared: Lab) -> None:
     size = 16 * TIB
-    device = lab.loop(size)
-    watch = lab.track(device)
+    device = shared.loop(size)
+    watch = shared.track(device)
     granularity = watch.state.granularity
     assert granularity == 512 * KIB  # at 256 KiB both maps would take a little over 32 MiB
     changed = [(0, SECTOR), (size - SECTOR, SECTOR), (7 * TIB + SECTOR, LARGEST_DISCARD)]
@@ -190,13 +190,13 @@ def test_a_device_of_16_tib(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
-def test_the_edges_of_a_partition(lab: Lab, sector: int) -> None:
+def test_the_edges_of_a_partition(shared: Lab, sector: int) -> None:
     """Seen from the partition, and from the disk: only what is inside is marked, at its place."""
-    disk = lab.loop(64 * MIB, sector=sector)
+    disk = shared.loop(64 * MIB, sector=sector)
     start, size = 63 * sector, 10001 * sector
     end = start + size
-    device = lab.partition(disk, 1, start, size)
-    watch = lab.track(device, sector)
+    device = shared.partition(disk, 1, start, size)
+    watch = shared.track(device, sector)
     last = size - sector
     for change in CHANGES:
         cases: list[tuple[str, Range, Ranges]] = [
@@ -217,20 +217,20 @@ def test_the_edges_of_a_partition(lab: Lab, sector: int) -> None:
             assert taken(watch) == expected, (change, path, changed)
 
 
-def test_a_partition_counts_its_granules_from_its_own_start(lab: Lab) -> None:
-    disk = lab.loop(64 * MIB)
-    device = lab.partition(disk, 1, 63 * SECTOR, 32 * MIB)
-    watch = lab.track(device, 64 * KIB)
+def test_a_partition_counts_its_granules_from_its_own_start(shared: Lab) -> None:
+    disk = shared.loop(64 * MIB)
+    device = shared.partition(disk, 1, 63 * SECTOR, 32 * MIB)
+    watch = shared.track(device, 64 * KIB)
     write(disk, 63 * SECTOR + 64 * KIB - SECTOR, 2 * SECTOR)
     assert taken(watch) == [(0, 128 * KIB)]
 
 
-def test_a_disk_and_two_of_its_partitions_at_once(lab: Lab, seed: int) -> None:
-    disk = lab.loop(64 * MIB)
+def test_a_disk_and_two_of_its_partitions_at_once(shared: Lab, seed: int) -> None:
+    disk = shared.loop(64 * MIB)
     places = [(63 * SECTOR, 10001 * SECTOR), (16 * MIB, 20 * MIB)]
-    parts = [lab.partition(disk, n + 1, *place) for n, place in enumerate(places)]
+    parts = [shared.partition(disk, n + 1, *place) for n, place in enumerate(places)]
     windows = [(disk, 0, 64 * MIB), *((p, *place) for p, place in zip(parts, places, strict=True))]
-    watches = [lab.track(path, 4 * KIB) for path, _, _ in windows]
+    watches = [shared.track(path, 4 * KIB) for path, _, _ in windows]
     rng = random.Random(seed)
     for _ in range(40):
         path, start, size = rng.choice(windows)
@@ -243,17 +243,17 @@ def test_a_disk_and_two_of_its_partitions_at_once(lab: Lab, seed: int) -> None:
 
 
 @pytest.mark.needs("zram")
-def test_twelve_devices_at_once(lab: Lab) -> None:
-    devices = [lab.loop(16 * MIB, sector=sector) for sector in (512, 4096) for _ in range(4)]
-    devices += [lab.zram(16 * MIB) for _ in range(2)]
-    devices += [lab.device("partition-512", 16 * MIB)[0] for _ in range(2)]
-    watches = [lab.track(device, 4 * KIB) for device in devices]
+def test_twelve_devices_at_once(shared: Lab) -> None:
+    devices = [shared.loop(16 * MIB, sector=sector) for sector in (512, 4096) for _ in range(4)]
+    devices += [shared.zram(16 * MIB) for _ in range(2)]
+    devices += [shared.device("partition-512", 16 * MIB)[0] for _ in range(2)]
+    watches = [shared.track(device, 4 * KIB) for device in devices]
     for number, device in enumerate(devices):
         write(device, (number + 1) * MIB, (number + 1) * 4 * KIB)
     for number, watch in enumerate(watches):
         assert taken(watch) == [((number + 1) * MIB, (number + 1) * 4 * KIB)]
     for watch in watches[::2]:
-        lab.untrack(watch.path)
+        shared.untrack(watch.path)
     for number, device in enumerate(devices):
         write(device, number * 8 * KIB, 4 * KIB)
     for number, watch in enumerate(watches):
@@ -273,14 +273,14 @@ def merged_discards(disk: str, ranges: Ranges) -> None:
     assert [int(after[n]) - int(before[n]) for n in (11, 12)] == [1, len(ranges) - 1]
 
 
-def test_merged_discards(lab: Lab) -> None:
+def test_merged_discards(shared: Lab) -> None:
     """Each bio of the request is marked, for each tracked device of the disk."""
-    disk = lab.loop(64 * MIB)
-    part = lab.partition(disk, 1, 2 * MIB - 63 * SECTOR, 32 * MIB)
-    whole = lab.track(disk, SECTOR)
+    disk = shared.loop(64 * MIB)
+    part = shared.partition(disk, 1, 2 * MIB - 63 * SECTOR, 32 * MIB)
+    whole = shared.track(disk, SECTOR)
     merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(256)])
     assert taken(whole) == [(MIB, 256 * 8 * KIB)]
-    inner = lab.track(part, 4 * KIB)
+    inner = shared.track(part, 4 * KIB)
     for count in (3, 23, 128):
         merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(count)])
         assert taken(whole) == [(MIB, count * 8 * KIB)]
@@ -288,19 +288,19 @@ def test_merged_discards(lab: Lab) -> None:
         assert taken(inner) == granules([inside], 4 * KIB, 32 * MIB)
 
 
-def test_more_merged_discards_than_can_be_followed(lab: Lab) -> None:
+def test_more_merged_discards_than_can_be_followed(shared: Lab) -> None:
     """They are never passed over in silence."""
-    disk = lab.loop(64 * MIB)
-    watch = lab.track(disk)
+    disk = shared.loop(64 * MIB)
+    watch = shared.track(disk)
     merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(300)])
     with pytest.raises(Gap, match="more ranges than can be followed"):
         watch.take()
 
 
 @every_kind
-def test_reading_marks_nothing(lab: Lab, kind: str) -> None:
-    device = lab.device(kind, 64 * MIB)[0]
-    watch = lab.track(device)
+def test_reading_marks_nothing(shared: Lab, kind: str) -> None:
+    device = shared.device(kind, 64 * MIB)[0]
+    watch = shared.track(device)
     read_image(device)
     fd = os.open(device, os.O_RDWR)
     try:
@@ -314,10 +314,10 @@ def test_reading_marks_nothing(lab: Lab, kind: str) -> None:
 
 
 @every_kind
-def test_buffered_writes_mark_their_pages(lab: Lab, kind: str) -> None:
+def test_buffered_writes_mark_their_pages(shared: Lab, kind: str) -> None:
     """When they are written back: small ones that meet merge into one request."""
-    device = lab.device(kind, 64 * MIB)[0]
-    watch = lab.track(device, 4 * KIB)
+    device = shared.device(kind, 64 * MIB)[0]
+    watch = shared.track(device, 4 * KIB)
     fd = os.open(device, os.O_RDWR)
     try:
         for page in range(8):
@@ -330,9 +330,9 @@ def test_buffered_writes_mark_their_pages(lab: Lab, kind: str) -> None:
 
 
 @every_kind
-def test_a_mapping_marks_its_pages(lab: Lab, kind: str) -> None:
-    device = lab.device(kind, 64 * MIB)[0]
-    watch = lab.track(device, 4 * KIB)
+def test_a_mapping_marks_its_pages(shared: Lab, kind: str) -> None:
+    device = shared.device(kind, 64 * MIB)[0]
+    watch = shared.track(device, 4 * KIB)
     fd = os.open(device, os.O_RDWR)
     try:
         with mmap.mmap(fd, 64 * KIB, offset=MIB) as memory:
@@ -344,14 +344,14 @@ def test_a_mapping_marks_its_pages(lab: Lab, kind: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["none", "mq-deadline", "kyber", "bfq"])
-def test_every_scheduler(lab: Lab, seed: int, scheduler: str) -> None:
+def test_every_scheduler(shared: Lab, seed: int, scheduler: str) -> None:
     """They merge, split and reorder what is marked."""
-    device = lab.loop(64 * MIB)
+    device = shared.loop(64 * MIB)
     setting = Path(f"/sys/block/{Path(device).name}/queue/scheduler")
     if scheduler not in setting.read_text(encoding="ascii"):
         pytest.skip(f"the kernel has no {scheduler}")
     setting.write_text(scheduler, encoding="ascii")
-    watch = lab.track(device)
+    watch = shared.track(device)
     rng = random.Random(seed)
     fd = os.open(device, os.O_RDWR)
     try:

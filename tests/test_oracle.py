@@ -85,17 +85,17 @@ def repeating(work: Callable[[], object]) -> Iterator[None]:
 @every_kind
 @pytest.mark.parametrize("epochs", ["one", "many"])
 def test_tracked_extents_cover_every_difference(
-    lab: Lab, seed: int, kind: str, epochs: str
+    shared: Lab, seed: int, kind: str, epochs: str
 ) -> None:
-    cover(lab, seed, kind, epochs)
+    cover(shared, seed, kind, epochs)
 
 
 @pytest.mark.soak
 @needs_devices
 @every_kind
-def test_tracked_extents_cover_every_difference_for_long(lab: Lab, seed: int, kind: str) -> None:
+def test_tracked_extents_cover_every_difference_for_long(shared: Lab, seed: int, kind: str) -> None:
     for number in range(20):
-        with lab.fresh() as other:
+        with shared.fresh() as other:
             cover(other, seed + 100 * number, kind, "many", count=200)
 
 
@@ -133,19 +133,19 @@ def cover(lab: Lab, seed: int, kind: str, epochs: str, count: int = 60) -> None:
 @every_kind
 @pytest.mark.parametrize("replica", ["file", "device"])
 def test_replica_is_identical_after_syncs_under_load(
-    lab: Lab, seed: int, kind: str, replica: str
+    shared: Lab, seed: int, kind: str, replica: str
 ) -> None:
-    replicate(lab, seed, kind, replica)
+    replicate(shared, seed, kind, replica)
 
 
 @pytest.mark.soak
 @needs_devices
 @every_kind
 def test_replica_is_identical_after_syncs_under_load_for_long(
-    lab: Lab, seed: int, kind: str
+    shared: Lab, seed: int, kind: str
 ) -> None:
     for number in range(20):
-        with lab.fresh() as other:
+        with shared.fresh() as other:
             replicate(other, seed + 100 * number, kind, "file", count=200)
 
 
@@ -274,12 +274,12 @@ def test_oracle_finds_broken_programs(
 
 @pytest.mark.needs("root", "loop", "bpf")
 def test_oracle_finds_a_map_read_and_cleared_in_use(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the swap, marks between the reading and the clearing of a map are lost."""
-    device = lab.loop(64 * MIB)
+    device = shared.loop(64 * MIB)
     fill(device)
-    watch = lab.track(device)
+    watch = shared.track(device)
     before = read_image(device)
     clear, late = Planes.clear, iter(range(8 * KIB, 256 * KIB, 4 * KIB))
 
@@ -306,9 +306,9 @@ def test_oracle_finds_a_map_read_and_cleared_in_use(
 
 
 @pytest.mark.needs("root", "loop", "bpf")
-def test_oracle_finds_a_dropped_extent(lab: Lab, seed: int) -> None:
-    device = lab.loop(64 * MIB)
-    watch = lab.track(device)
+def test_oracle_finds_a_dropped_extent(shared: Lab, seed: int) -> None:
+    device = shared.loop(64 * MIB)
+    watch = shared.track(device)
     before = read_image(device)
     change_everywhere(device, seed)
     fill_last = MIB
@@ -322,17 +322,17 @@ def test_oracle_finds_a_dropped_extent(lab: Lab, seed: int) -> None:
 
 @pytest.mark.needs("root", "loop", "bpf")
 def test_oracle_finds_an_extent_that_was_not_shipped(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device, target = lab.loop(16 * MIB), str(lab.name("replica"))
+    device, target = shared.loop(16 * MIB), str(shared.name("replica"))
     fill(device)
-    lab.track(device)
-    lab.sync(device, target)
+    shared.track(device)
+    shared.sync(device, target)
     write_direct(device, MIB, sectors.make(MIB, 64 * KIB, 1))
     write_direct(device, 3 * MIB, sectors.make(3 * MIB, 8 * KIB, 2))
     take = LinkSets.take
     monkeypatch.setattr(LinkSets, "take", lambda self: take(self)[:-1])
-    lab.sync(device, target)
+    shared.sync(device, target)
     found = sectors.faults(read_image(device), read_image(target))
     assert [fault.offset for fault in found] == list(range(3 * MIB, 3 * MIB + 8 * KIB, SECTOR))
     assert {fault.kind for fault in found} == {"stale"}

@@ -83,14 +83,14 @@ def stands_still(lab: Lab, kind: str, rounds: int) -> None:
 
 
 @loaded
-def test_a_retired_map_stands_still(lab: Lab, kind: str) -> None:
-    stands_still(lab, kind, 40)
+def test_a_retired_map_stands_still(shared: Lab, kind: str) -> None:
+    stands_still(shared, kind, 40)
 
 
 @pytest.mark.soak
 @loaded
-def test_a_retired_map_stands_still_for_long(lab: Lab, kind: str) -> None:
-    stands_still(lab, kind, 2000)
+def test_a_retired_map_stands_still_for_long(shared: Lab, kind: str) -> None:
+    stands_still(shared, kind, 2000)
 
 
 def every_write_once(lab: Lab, kind: str, size: int) -> int:
@@ -115,14 +115,14 @@ def every_write_once(lab: Lab, kind: str, size: int) -> int:
 
 
 @loaded
-def test_every_write_is_in_exactly_one_epoch(lab: Lab, kind: str) -> None:
-    epochs = every_write_once(lab, kind, 256 * MIB)
+def test_every_write_is_in_exactly_one_epoch(shared: Lab, kind: str) -> None:
+    epochs = every_write_once(shared, kind, 256 * MIB)
     assert epochs > 2
     told(f"{kind}: {256 * MIB // (4 * KIB)} writes, each in one of {epochs} epochs")
 
 
 @pytest.mark.soak
 @loaded
-def test_every_write_is_in_exactly_one_epoch_for_long(lab: Lab, kind: str) -> None:
+def test_every_write_is_in_exactly_one_epoch_for_long(shared: Lab, kind: str) -> None:
     for _ in range(50):
-        every_write_once(lab, kind, 1024 * MIB)
+        every_write_once(shared, kind, 1024 * MIB)

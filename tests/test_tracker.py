@@ -72,23 +72,23 @@ def write(path: str, offset: int, length: int = 4 * KIB, number: int = 1) -> Non
     write_direct(path, offset, sectors.make(offset, length, number))
 
 
-def test_a_second_track_changes_nothing(lab: Lab) -> None:
-    device = lab.loop(16 * MIB)
-    first = lab.blktrack("track", device, "--json").json
+def test_a_second_track_changes_nothing(shared: Lab) -> None:
+    device = shared.loop(16 * MIB)
+    first = shared.blktrack("track", device, "--json").json
     assert first["began"]
     write(device, MIB)
-    before = lab.status(device)
-    second = lab.blktrack("track", device, "--json").json
+    before = shared.status(device)
+    second = shared.blktrack("track", device, "--json").json
     assert second == first | {"began": False}
-    assert lab.blktrack("track", device, "--granularity", "4K").code == 0
-    assert lab.status(device) == before
-    assert lab.blktrack("extents", device, "--json").json["extents"] == [[MIB, 4 * KIB]]
+    assert shared.blktrack("track", device, "--granularity", "4K").code == 0
+    assert shared.status(device) == before
+    assert shared.blktrack("extents", device, "--json").json["extents"] == [[MIB, 4 * KIB]]
 
 
-def test_another_granularity_is_refused(lab: Lab) -> None:
-    device = lab.loop(16 * MIB)
-    watch = lab.track(device)
-    done = lab.blktrack("track", device, "--granularity", "64K")
+def test_another_granularity_is_refused(shared: Lab) -> None:
+    device = shared.loop(16 * MIB)
+    watch = shared.track(device)
+    done = shared.blktrack("track", device, "--granularity", "64K")
     assert done.code == 1
     assert "4 KiB" in done.err
     assert "untrack it first" in done.err
@@ -115,13 +115,13 @@ def test_untracking_ends_the_generation(lab: Lab) -> None:
     assert not sectors.faults(read_image(device), read_image(replica))
 
 
-def test_json_has_the_promised_keys(lab: Lab) -> None:
-    device, replica = lab.loop(16 * MIB), lab.name("replica")
-    lab.track(device)
-    lab.sync(device, replica)
+def test_json_has_the_promised_keys(shared: Lab) -> None:
+    device, replica = shared.loop(16 * MIB), shared.name("replica")
+    shared.track(device)
+    shared.sync(device, replica)
     write(device, MIB, 8 * KIB)
     write(device, 3 * MIB)
-    (found,) = lab.blktrack("status", device, "--json").json["devices"]
+    (found,) = shared.blktrack("status", device, "--json").json["devices"]
     assert set(found) >= DEVICE_KEYS
     assert (found["device"], found["size"], found["granularity"]) == (device, 16 * MIB, 4 * KIB)
     assert (found["state"], found["reason"], found["losses"]) == ("tracking", "", 0)
@@ -133,7 +133,7 @@ def test_json_has_the_promised_keys(lab: Lab) -> None:
     assert link["consistency"] == "crash"
     assert 0 < link["lag_s"] < 600
     for words in ([], ["--target", str(replica)], ["--target", replica.name]):
-        listed = lab.blktrack("extents", device, "--json", *words).json
+        listed = shared.blktrack("extents", device, "--json", *words).json
         assert set(listed) >= EXTENTS_KEYS
         assert listed["generation"] == found["generation"]
         assert listed["epoch"] == found["epoch"]
@@ -145,10 +145,10 @@ def test_status_without_devices(lab: Lab) -> None:
     assert lab.blktrack("status", "--json").json == {"devices": []}
 
 
-def test_links_have_their_own_pending_sets(lab: Lab) -> None:
-    device = lab.loop(16 * MIB)
-    one = lab.track(device)
-    other = Watch(lab.store, device, "other")
+def test_links_have_their_own_pending_sets(shared: Lab) -> None:
+    device = shared.loop(16 * MIB)
+    one = shared.track(device)
+    other = Watch(shared.store, device, "other")
     write(device, MIB)
     assert pairs(one.take()) == [(MIB, 4 * KIB)]
     write(device, 2 * MIB)
@@ -164,6 +164,7 @@ def test_instances_do_not_meet(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setenv("BLKTRACK_ROOT", str(lab.folder / "second"))
         second = Lab(lab.folder / "second", lab.stack)
+        lab.stack.callback(kernel.remove, second.store.paths.pins)
         other = second.track(device)
         write(device, MIB)
         assert pairs(other.take()) == [(MIB, 4 * KIB)]
@@ -321,20 +322,20 @@ def test_track_closes_a_gap(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lab.status(target.device)["state"] == "tracking"
 
 
-def test_an_absent_device(lab: Lab) -> None:
-    file = lab.name("disk")
-    device = lab.own_loop(16 * MIB, file)
-    lab.track(device)
+def test_an_absent_device(shared: Lab) -> None:
+    file = shared.name("disk")
+    device = shared.own_loop(16 * MIB, file)
+    shared.track(device)
     detach(device, file)
-    found = lab.status(device)
+    found = shared.status(device)
     assert (found["state"], found["reason"]) == ("absent", "no device with its identity is there")
     # Back under another name it is known again, by what is in it.
-    elsewhere = lab.loop(16 * MIB, file=file)
-    found = lab.status(elsewhere)
+    elsewhere = shared.loop(16 * MIB, file=file)
+    found = shared.status(elsewhere)
     assert (found["device"], found["state"]) == (elsewhere, "gap")
     assert "re-created" in found["reason"]
-    assert lab.blktrack("untrack", device).code == 0
-    assert lab.blktrack("extents", elsewhere).code == 3
+    assert shared.blktrack("untrack", device).code == 0
+    assert shared.blktrack("extents", elsewhere).code == 3
 
 
 @pytest.mark.parametrize(
@@ -347,18 +348,18 @@ def test_an_absent_device(lab: Lab) -> None:
         ("overflow", "more ranges than can be followed"),
     ],
 )
-def test_a_counted_loss_ends_the_generation(lab: Lab, counter: str, reason: str) -> None:
-    device = lab.loop(16 * MIB)
-    watch = lab.track(device)
+def test_a_counted_loss_ends_the_generation(shared: Lab, counter: str, reason: str) -> None:
+    device = shared.loop(16 * MIB)
+    watch = shared.track(device)
     counts = np.zeros(possible_cpus(), dtype=abi.STATS)
     counts[counter] = 1
-    stats = libbpf.open_pin(next(lab.store.paths.pins.glob("*/stats")))
-    libbpf.update(stats, bytes(4), counts.tobytes())
+    stats = libbpf.open_pin(next(shared.store.paths.pins.glob("*/stats")))
+    libbpf.update(stats, watch.state.slot.to_bytes(4, "little"), counts.tobytes())
     os.close(stats)
-    assert lab.status(device)["losses"] == possible_cpus()
+    assert shared.status(device)["losses"] == possible_cpus()
     with pytest.raises(Gap, match=reason):
         watch.take()
-    found = lab.status(device)
+    found = shared.status(device)
     assert found["state"] == "gap"
     assert reason in found["reason"]
 
@@ -384,12 +385,12 @@ DEATHS = {
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_drain_that_died_loses_nothing(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, death: str
+    shared: Lab, monkeypatch: pytest.MonkeyPatch, death: str
 ) -> None:
     owner, name, number, before = DEATHS[death]
-    device = lab.loop(16 * MIB)
-    one = lab.track(device)
-    other = Watch(lab.store, device, "other")
+    device = shared.loop(16 * MIB)
+    one = shared.track(device)
+    other = Watch(shared.store, device, "other")
     call, calls = getattr(owner, name), iter(range(100))
 
     def dying(*args: Any) -> Any:
@@ -407,7 +408,7 @@ def test_a_drain_that_died_loses_nothing(
         with pytest.raises(Death):
             one.drain()
     write(device, 2 * MIB)
-    listed = tracker.extents(lab.store, device, None)
+    listed = tracker.extents(shared.store, device, None)
     assert {(2 * MIB, 4 * KIB)} <= set(pairs(listed.extents))
     expected = [(MIB, 4 * KIB), (2 * MIB, 4 * KIB)]
     assert pairs(one.take()) == expected
@@ -415,10 +416,12 @@ def test_a_drain_that_died_loses_nothing(
     assert pairs(one.take()) == pairs(other.take()) == []
 
 
-def test_a_half_cleared_map_marks_nothing_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_cleared_map_marks_nothing_wrong(
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run of full words is noted above them; clearing that was cut short must not forget it."""
-    device = lab.loop(64 * MIB)
-    watch = lab.track(device)
+    device = shared.loop(64 * MIB)
+    watch = shared.track(device)
     run("blkdiscard", "--offset", str(MIB), "--length", str(40 * MIB), device)
     clear = Planes.clear
 
@@ -434,14 +437,14 @@ def test_a_half_cleared_map_marks_nothing_wrong(lab: Lab, monkeypatch: pytest.Mo
     assert pairs(watch.take()) == []
 
 
-def test_killed_commands_lose_nothing(lab: Lab, seed: int) -> None:
+def test_killed_commands_lose_nothing(shared: Lab, seed: int) -> None:
     """SIGKILL at random instants of track, sync and status, while the device is written."""
-    killed(lab, random.Random(seed), 15)
+    killed(shared, random.Random(seed), 15)
 
 
 @pytest.mark.soak
-def test_many_killed_commands_lose_nothing(lab: Lab, seed: int) -> None:
-    killed(lab, random.Random(seed), 1000)
+def test_many_killed_commands_lose_nothing(shared: Lab, seed: int) -> None:
+    killed(shared, random.Random(seed), 1000)
 
 
 def killed(lab: Lab, rng: random.Random, rounds: int) -> None:
@@ -478,29 +481,29 @@ def killed(lab: Lab, rng: random.Random, rounds: int) -> None:
 
 
 @pytest.mark.needs("fio")
-def test_status_reads_maps_in_use(lab: Lab) -> None:
+def test_status_reads_maps_in_use(shared: Lab) -> None:
     """Many words, set while they are scanned. Discards take no memory."""
-    device = lab.loop(64 * GIB)
-    lab.track(device, 4 * KIB)
+    device = shared.loop(64 * GIB)
+    shared.track(device, 4 * KIB)
     with load(device, "--rw=randtrim", "--norandommap", "--time_based", "--runtime=1h"):
-        wait_until(lambda: lab.status(device)["writes"] > 1000, "the load")
+        wait_until(lambda: shared.status(device)["writes"] > 1000, "the load")
         for _ in range(60):
-            lab.status(device)
+            shared.status(device)
 
 
-def test_a_device_in_the_place_of_another(lab: Lab) -> None:
+def test_a_device_in_the_place_of_another(shared: Lab) -> None:
     """It has the other's number, slot and size: ending the one must not end the other."""
-    first, second = lab.name("disk"), lab.name("disk")
-    node = lab.own_loop(16 * MIB, first)
-    one = lab.track(node)
+    first, second = shared.name("disk"), shared.name("disk")
+    node = shared.own_loop(16 * MIB, first)
+    one = shared.track(node)
     detach(node, first)
     shutil.copy(first, second)
     run("losetup", "--partscan", node, second)
-    lab.stack.callback(detach, node, second)
-    other = lab.track(node)
+    shared.stack.callback(detach, node, second)
+    other = shared.track(node)
     assert other.state.id != one.link.id
     write(node, MIB)
-    elsewhere = lab.loop(16 * MIB, file=first)
-    assert lab.status(elsewhere)["state"] == "gap"
-    lab.untrack(elsewhere)
+    elsewhere = shared.loop(16 * MIB, file=first)
+    assert shared.status(elsewhere)["state"] == "gap"
+    shared.untrack(elsewhere)
     assert pairs(other.take()) == [(MIB, 4 * KIB)]
