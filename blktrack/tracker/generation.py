@@ -87,6 +87,10 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
     state.generation, state.began = str(uuid.uuid4()), time.time()
     state.programs = {name: program.link_id for name, program in programs.items()}
     words = window.geometry.levels[0]
+    # What links had to ship belongs to the generation before, and may be of another size.
+    for name in ("pending", "shipping"):
+        for path in store.run(number).glob(f"links/*/{name}"):
+            path.unlink(missing_ok=True)
     BitFile(store.run(number) / "settling", words, create=True).close()
     epoch = Epoch(state.generation, submit_missed=submit, complete_missed=complete)
     if counts:
