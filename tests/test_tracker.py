@@ -507,3 +507,24 @@ def test_a_device_in_the_place_of_another(shared: Lab) -> None:
     assert shared.status(elsewhere)["state"] == "gap"
     shared.untrack(elsewhere)
     assert pairs(other.take()) == [(MIB, 4 * KIB)]
+
+
+def test_a_device_that_grew_is_tracked_anew_at_its_size(shared: Lab) -> None:
+    """What its replicas had pending was counted in another number of granules."""
+    file = shared.name("disk")
+    device = shared.loop(16 * MIB, file=file)
+    small, large = shared.loop(16 * MIB), shared.loop(32 * MIB)
+    fill(device)
+    shared.track(device)
+    for replica in (small, large):
+        shared.sync(device, replica)
+    os.truncate(file, 32 * MIB)
+    run("losetup", "--set-capacity", device)
+    write(device, 31 * MIB)
+    assert "resized from 16 MiB to 32 MiB" in shared.status(device)["reason"]
+    assert shared.sync(device, large).mode == "resync"
+    assert not sectors.faults(read_image(device), read_image(large))
+    write(device, 30 * MIB)
+    assert shared.sync(device, large).mode == "incremental"
+    assert not sectors.faults(read_image(device), read_image(large))
+    assert shared.blktrack("sync", device, small).code == 1
