@@ -19,7 +19,7 @@ from blktrack.bpf import abi, kernel, libbpf
 from blktrack.bpf.planes import Geometry, Planes, possible_cpus
 from blktrack.errors import BlktrackError
 from blktrack.state import Store
-from blktrack.tracker import tracker
+from blktrack.tracker import account, tracker
 from blktrack.tracker.tracking import Gap
 from blktrack.units import GIB, KIB, MIB, SECTOR
 from tests import sectors
@@ -528,3 +528,25 @@ def test_a_device_that_grew_is_tracked_anew_at_its_size(shared: Lab) -> None:
     assert shared.sync(device, large).mode == "incremental"
     assert not sectors.faults(read_image(device), read_image(large))
     assert shared.blktrack("sync", device, small).code == 1
+
+
+def test_changes_in_flight_do_not_look_unseen_later(
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While some are, the kernel's count of ended changes is behind the programs' of begun ones."""
+    watch = shared.track(shared.loop(16 * MIB))
+    with watch.open() as tracking:
+        base, ended = tracking.epoch.unbegun, tracking.epoch.unended
+    assert base is not None
+    assert ended is not None
+
+    def drain(unbegun: int, unended: int) -> None:
+        with monkeypatch.context() as patch:
+            told = account.Account(unbegun, unended, exact=True)
+            patch.setattr(account, "take", lambda *_: told)
+            watch.drain()
+
+    drain(base - 64 * KIB, ended)
+    drain(base, ended + 4 * KIB)  # one completion unseen: the submitted planes stand in
+    with pytest.raises(Gap, match="4 KiB of changes were seen by the kernel alone"):
+        drain(base + 4 * KIB, ended + 8 * KIB)
