@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -227,6 +228,11 @@ _TOLD: list[str] = []
 def told(line: str) -> None:
     """Have a measurement printed at the end of the session."""
     _TOLD.append(line)
+
+
+def pytest_configure() -> None:
+    """A session that is told to end takes its devices with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -125,4 +125,5 @@ def test_every_write_is_in_exactly_one_epoch(shared: Lab, kind: str) -> None:
 @loaded
 def test_every_write_is_in_exactly_one_epoch_for_long(shared: Lab, kind: str) -> None:
     for _ in range(50):
-        every_write_once(shared, kind, 1024 * MIB)
+        with shared.fresh() as lab:
+            every_write_once(lab, kind, 1024 * MIB)
