@@ -68,15 +68,16 @@ def drain(path: str) -> Result:
     with hold(store, state.id, path):
         begun = time.perf_counter()
         with Tracking(store, state, device) as tracking:
-            opened = time.perf_counter()
+            opened, cpu = time.perf_counter(), time.process_time()
             tracking.drain()
             drained = time.perf_counter()
             with LinkSets(tracking, link) as sets:
                 extents = sets.take()
-                taken = time.perf_counter()
+                taken, cpu = time.perf_counter(), time.process_time() - cpu
                 sets.all_shipped()
     return {
         "total_ms": 1000 * (taken - opened),
+        "cpu_ms": 1000 * cpu,
         "drain_ms": 1000 * (drained - opened),
         "take_ms": 1000 * (taken - drained),
         "open_ms": 1000 * (opened - begun),
