@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blktrack import durable, sysfs
-from blktrack.bpf import kernel, layout, libbpf
+from blktrack.bpf import install, layout, libbpf
 from blktrack.bpf.btf import VMLINUX, Btf
 from blktrack.bpf.compile import import_bcc
 from blktrack.config import Paths
@@ -133,7 +133,7 @@ def _programs() -> Check:
     return _try(
         "programs",
         "all tracking programs compile and load",
-        kernel.probe,
+        install.probe,
         "mend the failures above; if there is none, report this kernel",
     )
 

@@ -70,6 +70,7 @@ class DeviceState:
     began: float = 0.0
     programs: dict[str, int] = field(default_factory=dict)  # link ids by program
     maps: list[int] = field(default_factory=list)  # ids of the two inner maps
+    in_use: str = ""  # why `stop` could not put it to rest, "" if it did or was not asked
     doubts: list[Doubt] = field(default_factory=list)  # newest last
 
 
@@ -96,15 +97,15 @@ class Epoch:
     submit_missed: int = 0  # program runs skipped by the kernel that are accounted for
     complete_missed: int = 0
     submit_unsure: bool = False  # the epoch before missed submissions
-    unbegun: int | None = None  # Account of what is accounted for; None: the kernel keeps none
-    unended: int | None = None
+    # What is accounted for (account.py), by slot: bytes of unbegun and unended changes.
+    accounts: dict[str, list[int]] = field(default_factory=dict)
 
 
 class BitFile:
     """A bitmap of granules in a file that is memory: stores survive the process at once.
 
     The file is sparse and only its data is ever scanned. FileNotFoundError if there is none and
-    `create` is not set, BlktrackError for one of another size.
+    `create` is not set, BlktrackError for one that is too small.
     """
 
     def __init__(self, path: Path, words: int, *, create: bool = False) -> None:
@@ -117,13 +118,19 @@ class BitFile:
             if create:
                 os.ftruncate(self._fd, 0)
                 os.ftruncate(self._fd, self.size)
-            if os.fstat(self._fd).st_size != self.size:
+            if os.fstat(self._fd).st_size < self.size:
                 raise BlktrackError(f"{path} is not the pending set of this device")
             self._memory = mmap.mmap(self._fd, self.size)
         except BaseException:
             os.close(self._fd)
             raise
         self.words: Words = np.frombuffer(self._memory, dtype=np.uint64)[:words]
+
+    @staticmethod
+    def widen(path: Path, words: int) -> None:
+        """Make a set longer; those who have it open go on with what they see of it."""
+        if path.stat().st_size < words * 8:
+            os.truncate(path, words * 8)
 
     def nonzero(self) -> Indices:
         """Numbers of the words that are set."""
@@ -176,6 +183,10 @@ class Store:
 
     def link_run(self, device: str, link: str) -> Path:
         return self.run(device) / "links" / link
+
+    def link_files(self, device: str, name: str) -> list[Path]:
+        """This file in RUN of every link that takes part in drains."""
+        return sorted((self.run(device) / "links").glob(f"*/{name}"))
 
     def devices(self) -> list[DeviceState]:
         folder = self.paths.lib / "devices"

@@ -28,6 +28,7 @@ from blktrack.ship.replica import Replica
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
+from blktrack.tracker.growth import open_tracking
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.tracker import find, hold, resync_reason
 from blktrack.tracker.tracking import Gap, Swap, Tracking
@@ -176,7 +177,7 @@ class _Round:
         """The tracking just after a swap; after a gap, that of a new generation."""
         with contextlib.ExitStack() as stack:
             try:
-                tracking = stack.enter_context(Tracking(self.store, state, self.device))
+                tracking = stack.enter_context(open_tracking(self.store, state, self.device))
                 swap = tracking.drain()
             except Gap as gap:
                 if self.options.no_resync and self.link.cursor is not None:

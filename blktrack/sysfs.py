@@ -190,6 +190,12 @@ def filesystem_at(point: Path) -> str:
     return next((mount.kind for mount in reversed(mounts()) if mount.point == point), "")
 
 
+def memory_available() -> int:
+    """Bytes that can be had without swapping, by the kernel's estimate (proc_meminfo(5))."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text(Path("/proc/meminfo")) or "", re.M)
+    return int(found[1]) * 1024 if found else 0
+
+
 def boot_id() -> str:
     """A new one with every boot. `BLKTRACK_BOOT_ID` stands in for it, to test a reboot."""
     return os.environ.get("BLKTRACK_BOOT_ID") or (

@@ -33,6 +33,7 @@ from blktrack.extent import ExtentArray
 from blktrack.report import SyncReport
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.tracker import tracker
+from blktrack.tracker.growth import open_tracking
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.tracking import Tracking
 from blktrack.units import MIB, SECTOR
@@ -226,7 +227,7 @@ _TOLD: list[str] = []
 
 
 def told(line: str) -> None:
-    """Have a measurement printed at the end of the session."""
+    """Have a measurement printed at the end of the run."""
     _TOLD.append(line)
 
 
@@ -368,7 +369,7 @@ class Watch:
     def open(self) -> Iterator[Tracking]:
         state, device = tracker.find(self.store, self.path)
         held = tracker.hold(self.store, state.id, self.path)
-        with held, Tracking(self.store, state, device) as tracking:
+        with held, open_tracking(self.store, state, device) as tracking:
             yield tracking
 
     def look(self) -> Look:
@@ -380,7 +381,7 @@ class Watch:
             sets.pending.clear()
             drained = bitmap.extents(found, sets.granularity, sets.size)
             counters = tracking.counters()
-        harmless = ("begun", "ended", "writes", "written")
+        harmless = ("begun", "ended", "writes", "written", "late")
         losses = {name: count for name, count in counters.items() if name not in harmless}
         unseen = counters["begun"] - counters["ended"]
         before, self._unseen = self._unseen, unseen

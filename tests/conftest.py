@@ -56,6 +56,6 @@ def needs_of(item: pytest.Item) -> list[str]:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """The seed of this session's random choices; a failed test shows how to set it again."""
+    """The seed of all random choices of this run; a failed test shows how to set it again."""
     request.node.add_report_section("call", "seed", f"BLKTRACK_SEED={SEED}")
     return SEED

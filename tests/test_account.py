@@ -12,17 +12,21 @@ from blktrack.errors import ResyncNeeded
 from blktrack.report import SyncReport
 from blktrack.units import KIB, MIB
 from tests import sectors
-from tests.blockdev import Lab, Silent, pairs, read_image, write_direct
+from tests.blockdev import Lab, Silent, pairs, read_image, wait_until, write_direct
 from tests.test_oracle import fill, missed
 
 on_loop = pytest.mark.needs("root", "loop", "bpf")
 COMPLETE = "int blk_rq_complete(u64 *ctx)\n{\n"
+REMEMBERED = "\tif (!found)\n\t\treturn 0;\n"
 ISSUE = "int blk_rq_issue(u64 *ctx)\n{\n"
 # Blind to the blocks at 5 MiB, as if the program had not run for them.
 BLIND = "\tif (FIELD(u64, (void *)ctx[0], RQ_SECTOR) == 10240)\n\t\treturn 0;\n"
+BLIND_TO_BIO = "\tif (found->sector == 10240)\n\t\treturn 0;\n"
 
 
-def blinded(monkeypatch: pytest.MonkeyPatch, folder: Path, *programs: str) -> None:
+def blinded(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *programs: str, blind: str = BLIND
+) -> None:
     """Compile programs that overlook some changes."""
     here = Path(compile.__file__).parent
     copy = folder / "bpf"
@@ -30,7 +34,7 @@ def blinded(monkeypatch: pytest.MonkeyPatch, folder: Path, *programs: str) -> No
     text = (here / "track.c").read_text()
     for program in programs:
         assert program in text
-        text = text.replace(program, program + BLIND)
+        text = text.replace(program, program + blind)
     (copy / "track.c").write_text(text)
     (copy / "track.h").write_text((here / "track.h").read_text())
     monkeypatch.setattr(compile, "_HERE", copy)
@@ -82,3 +86,37 @@ def test_a_change_that_no_program_saw_at_all_is_a_doubt(
     assert (done.mode, done.bytes_shipped) == ("resync", 4 * KIB)
     assert not sectors.faults(read_image(device), read_image(replica))
     assert synced(sync.Options()).mode == "nothing"
+
+
+@pytest.mark.needs("root", "zram", "bpf")
+def test_a_bio_whose_completion_no_program_saw_stays_in_view(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken as changed by each drain, until its address is used again."""
+    blinded(monkeypatch, lab.folder, REMEMBERED, blind=BLIND_TO_BIO)
+    device = lab.zram(16 * MIB)
+    fill(device)
+    watch = lab.track(device)
+
+    def forgotten() -> int:
+        with watch.open() as tracking:
+            assert tracking.kernel
+            return len(tracking.kernel.in_flight(tracking.window.disk))
+
+    for number in range(1, 4):
+        before = read_image(device)
+        change(device, 5 * MIB, number)
+        assert forgotten()
+        change(device, 7 * MIB, number)
+        tracked = watch.take()
+        assert not len(missed(before, read_image(device), tracked))
+
+    def reused() -> bool:
+        change(device, 9 * MIB, 4)
+        return not forgotten()
+
+    wait_until(reused, "another use of the address of the bio")
+    assert (5 * MIB, 4 * KIB) in pairs(watch.take())
+    change(device, 11 * MIB, 5)
+    assert pairs(watch.take()) == [(11 * MIB, 4 * KIB)]
+    assert not lab.status(device)["doubts"]

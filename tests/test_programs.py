@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blktrack.bpf import abi, kernel, layout, libbpf
+from blktrack.bpf import abi, install, kernel, layout, libbpf
 from blktrack.bpf.kernel import BY_KIND
 from blktrack.config import Paths
 
@@ -20,10 +20,10 @@ BUDGET = 500_000
 @pytest.fixture(scope="module")
 def verified() -> Iterator[dict[str, int]]:
     """Instructions that the verifier walked through, by program."""
-    maps = kernel.make_maps()
+    maps = install.make_maps()
     programs: dict[str, int] = {}
     try:
-        programs = kernel.load(layout.PROGRAMS, maps)
+        programs = install.load(layout.PROGRAMS, maps)
         yield {
             name: libbpf.info(fd, libbpf.ProgramInfo).verified_insns
             for name, fd in programs.items()
@@ -51,12 +51,12 @@ def pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.needs("bpf")
 @pytest.mark.parametrize("kind", [abi.KIND_REQUEST, abi.KIND_BIO], ids=["request", "bio"])
 def test_programs_attach_and_go(kind: int, pins: Path) -> None:
-    with kernel.Kernel.install(pins, kind) as first:
+    with install.install(pins, kind) as first:
         programs = first.programs(kind)
         assert set(programs) == set(BY_KIND[kind])
         assert not any(program.missed for program in programs.values())
     # They stay without us, and who comes next finds the same ones.
-    with kernel.Kernel.install(pins, kind) as second:
+    with install.install(pins, kind) as second:
         assert {n: p.link_id for n, p in second.programs(kind).items()} == {
             n: p.link_id for n, p in programs.items()
         }

@@ -50,8 +50,8 @@ STATS = np.dtype(
         ("opaque", "u8"),  # pass-through or unknown operation that may have changed anything
         ("beyond", "u8"),  # change beyond the end that the disk had when tracking began
         ("full", "u8"),  # bio not remembered: its completion cannot be marked
-        ("stale", "u8"),  # remembered bio whose completion was never seen
         ("overflow", "u8"),  # request with more ranges than a program may walk
+        ("late", "u8"),  # no loss: remembered bio, seen to have completed only afterwards
     ],
     align=True,
 )

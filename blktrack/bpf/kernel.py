@@ -13,12 +13,10 @@ less than a whole; opening it then tells what is missing and `install` makes it 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes as ct
 import mmap
 import os
-import resource
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,10 +24,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from blktrack import sysfs
-from blktrack.bpf import abi, layout, libbpf
-from blktrack.bpf.btf import Btf
-from blktrack.bpf.compile import compile_programs, fingerprint, source
+from blktrack.bpf import abi, libbpf
+from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.planes import Geometry, Planes, Reading, possible_cpus, stats_reader
 from blktrack.errors import BlktrackError
 from blktrack.units import SECTOR
@@ -38,7 +34,7 @@ BY_KIND = {
     abi.KIND_REQUEST: ("blk_rq_issue", "blk_rq_complete"),
     abi.KIND_BIO: ("blk_bio_queue", "blk_bio_complete"),
 }
-_MAPS = ("windows", "planes", "stats", "inflight")
+MAPS = ("windows", "planes", "stats", "inflight")
 
 
 class Detached(BlktrackError):
@@ -83,52 +79,13 @@ class Kernel:
         self.pins = pins = root / fingerprint()
         self._fds: dict[str, int] = {}
         try:
-            for name in _MAPS:
+            for name in MAPS:
                 self._fds[name] = libbpf.open_pin(pins / name)
         except OSError as error:
             self.close()
             raise Detached(f"the tracking maps are gone from {pins} ({error.strerror})") from error
         self._memory = mmap.mmap(self._fds["windows"], abi.WINDOWS.itemsize)
         self._windows: NDArray[Any] = np.frombuffer(self._memory, dtype=abi.WINDOWS)
-
-    @classmethod
-    def install(cls, root: Path, kind: int) -> Self:
-        """Attach the programs for `kind` of device, making maps and pins as needed."""
-        mount_bpffs(root.parent)
-        pins = root / fingerprint()
-        if not all((pins / name).exists() for name in _MAPS):
-            remove(root)
-            pins.mkdir(mode=0o700, parents=True)
-            _create_maps(pins)
-        kernel = cls(root)
-        if not all((pins / f"link_{name}").exists() for name in BY_KIND[kind]):
-            try:
-                kernel._attach(BY_KIND[kind])
-            except BaseException:
-                kernel.close()
-                raise
-        return kernel
-
-    def _attach(self, names: tuple[str, ...]) -> None:
-        """Load all, then attach completions first: what is seen to begin is then seen to end."""
-        links: dict[str, int] = {}
-        programs: dict[str, int] = {}
-        try:
-            programs = load(names, self._fds)
-            for name in reversed(names):
-                links[name] = libbpf.attach(programs[name])
-            for name in names:
-                path = self.pins / f"link_{name}"
-                path.unlink(missing_ok=True)
-                libbpf.pin(links[name], path)
-        except OSError as error:
-            raise BlktrackError(
-                f"the kernel refused to attach the tracking programs: {error}",
-                hint="run blktrack doctor",
-            ) from error
-        finally:
-            for fd in (*links.values(), *programs.values()):
-                os.close(fd)
 
     def programs(self, kind: int) -> dict[str, Program]:
         """The attached programs for a kind of device. Detached if a pin is missing."""
@@ -261,17 +218,17 @@ class Kernel:
     def stats_reader(self, slot: int) -> Callable[[], Reading]:
         return stats_reader(self._fds["stats"], slot)
 
-    def in_flight(self, disk: int) -> list[tuple[int, int]]:
-        """Bios of a bio-based disk between queue and completion, as (address, first byte)."""
-        found = []
-        for key in libbpf.keys(self._fds["inflight"], 8):
-            raw = libbpf.lookup(self._fds["inflight"], key, abi.BIO.itemsize)
-            if raw is None:
-                continue
-            entry = np.frombuffer(raw, dtype=abi.BIO)[0]
-            if entry["dev"] == disk:
-                found.append((int.from_bytes(key, "little"), int(entry["sector"]) * SECTOR))
-        return found
+    @property
+    def maps(self) -> dict[str, int]:
+        """Descriptors of the shared maps."""
+        return {name: self._fds[name] for name in MAPS}
+
+    def in_flight(self, disk: int) -> NDArray[Any]:
+        """Changes of a bio-based disk that were seen to begin and not to end (abi.BIO)."""
+        raw = libbpf.values(self._fds["inflight"], 8, abi.BIO.itemsize)
+        found: NDArray[Any] = np.frombuffer(raw, dtype=abi.BIO)
+        ours: NDArray[Any] = found[found["dev"] == disk]
+        return ours
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -285,109 +242,11 @@ class Kernel:
         self.close()
 
 
-def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
-    """Compile and load programs for the running kernel: descriptors by name."""
-    btf = Btf()
-    loaded: dict[str, int] = {}
-    try:
-        code = compile_programs(source(layout.constants(btf), maps))
-        for name in names:
-            target = btf.tracepoint(layout.PROGRAMS[name])
-            loaded[name] = libbpf.load_program(name, code[name], target)
-    except (OSError, ValueError) as error:
-        for fd in loaded.values():
-            os.close(fd)
-        raise BlktrackError(
-            f"the kernel refused a tracking program: {error}", hint="run blktrack doctor"
-        ) from error
-    finally:
-        btf.close()
-    return loaded
-
-
-def probe() -> None:
-    """Make maps, compile and load every program, and let it all go. BlktrackError if any fails."""
-    maps = make_maps()
-    try:
-        for fd in load(layout.PROGRAMS, maps).values():
-            os.close(fd)
-    finally:
-        for fd in maps.values():
-            os.close(fd)
-
-
 def create_inner(geometry: Geometry) -> int:
     flags = libbpf.F_MMAPABLE | libbpf.F_INNER_MAP
     return libbpf.create_map(
         libbpf.MAP_ARRAY, "blktrack_planes", 4, 8, 2 * geometry.plane_words, flags=flags
     )
-
-
-def make_maps() -> dict[str, int]:
-    """The shared maps: descriptors by name."""
-    # Kernels before 5.11 charged maps to this limit; raising it is harmless later.
-    with contextlib.suppress(OSError, ValueError):
-        endless = resource.RLIM_INFINITY
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (endless, endless))
-    fds: dict[str, int] = {}
-    template = -1
-    try:
-        template = create_inner(Geometry(1))
-        fds["windows"] = libbpf.create_map(
-            libbpf.MAP_ARRAY,
-            "blktrack_windows",
-            4,
-            abi.WINDOWS.itemsize,
-            1,
-            flags=libbpf.F_MMAPABLE,
-        )
-        fds["planes"] = libbpf.create_map(
-            libbpf.MAP_ARRAY_OF_MAPS, "blktrack_planes", 4, 4, abi.SLOTS, inner=template
-        )
-        fds["stats"] = libbpf.create_map(
-            libbpf.MAP_PERCPU_ARRAY, "blktrack_stats", 4, abi.STATS.itemsize, abi.SLOTS
-        )
-        fds["inflight"] = libbpf.create_map(
-            libbpf.MAP_HASH, "blktrack_bios", 8, abi.BIO.itemsize, abi.INFLIGHT
-        )
-    except OSError as error:
-        for fd in fds.values():
-            os.close(fd)
-        raise BlktrackError(
-            f"cannot make the tracking maps: {error}", hint="run blktrack doctor"
-        ) from error
-    finally:
-        if template >= 0:
-            os.close(template)
-    return fds
-
-
-def _create_maps(pins: Path) -> None:
-    fds = make_maps()
-    try:
-        for name in _MAPS:
-            libbpf.pin(fds[name], pins / name)
-    except OSError as error:
-        raise BlktrackError(
-            f"cannot pin the tracking maps in {pins}: {error}", hint="run blktrack doctor"
-        ) from error
-    finally:
-        for fd in fds.values():
-            os.close(fd)
-
-
-def mount_bpffs(where: Path) -> None:
-    """Mount bpffs where pins go, if it is not."""
-    if sysfs.filesystem_at(where) == "bpf":
-        return
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-        libbpf.mount("bpf", where)
-    except OSError as error:
-        raise BlktrackError(
-            f"cannot mount bpffs on {where}: {error.strerror}",
-            hint=f"run as root: mount -t bpf bpf {where}",
-        ) from error
 
 
 def remove(root: Path) -> None:

@@ -7,9 +7,9 @@ millisecond, where importing bcc (and LLVM with it) takes fifty.
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ MAP_HASH, MAP_ARRAY, MAP_PERCPU_ARRAY, MAP_ARRAY_OF_MAPS = 1, 2, 6, 12
 PROG_TYPE_TRACING, TRACE_RAW_TP = 26, 23
 F_MMAPABLE, F_INNER_MAP = 1 << 10, 1 << 12
 ANY, NOEXIST = 0, 1
+_BATCH = 4096  # entries of a hash asked for at once
 
 SONAME = "libbpf.so.1"
 
@@ -182,17 +183,27 @@ def delete(fd: int, key: bytes) -> None:
         return
 
 
-def keys(fd: int, size: int) -> Iterator[bytes]:
-    """Keys of a hash; ones added or deleted meanwhile may be missed or met twice."""
-    key: bytes | None = None
-    following = ct.create_string_buffer(size)
+def values(fd: int, key: int, value: int) -> bytes:
+    """All values of a hash, one after the other. Each bucket is read at an instant of its own, so
+    an entry that is there all the time is never missed (BPF_MAP_LOOKUP_BATCH)."""
+    room = _BATCH
+    found: list[bytes] = []
+    cursor, following = None, ct.create_string_buffer(max(key, 4))
     while True:
+        keys, data = ct.create_string_buffer(room * key), ct.create_string_buffer(room * value)
+        count = ct.c_uint32(room)
+        arguments = (fd, cursor, following, keys, data, ct.byref(count), None)
         try:
-            call("bpf_map_get_next_key", fd, key, following)
-        except FileNotFoundError:
-            return
-        key = following.raw
-        yield key
+            call("bpf_map_lookup_batch", *arguments)
+        except FileNotFoundError:  # that was the last of it
+            return b"".join([*found, data.raw[: count.value * value]])
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            room *= 2  # a bucket has more entries than there is room for
+            continue
+        found.append(data.raw[: count.value * value])
+        cursor = ct.create_string_buffer(following.raw, len(following))
 
 
 def load_program(name: str, code: bytes, target: int) -> int:

@@ -45,7 +45,7 @@ INLINE void mark_ranges(struct windows *ws, u32 number, u32 plane, void *bio)
 		}
 	}
 	if (bio && slot < SLOTS)
-		COUNT_LOSS(slot, overflow);
+		COUNT(slot, overflow);
 }
 
 INLINE void mark_request(void *rq, u32 plane, volatile u32 *bytes)
@@ -89,6 +89,21 @@ int blk_rq_complete(u64 *ctx)
 	return 0;
 }
 
+/*
+ * Mark a remembered bio as completed. A late one was not seen to complete at the time: until its
+ * address is used again it stays in the table, where each drain finds it (tracking.py).
+ */
+INLINE void complete(struct windows *ws, volatile struct bio_range *bio, bool late)
+{
+	u32 number = bio->dev;
+
+	FOR_EACH_SLOT(ws, KIND_BIO, number, slot) {
+		mark(ws, slot, COMPLETED, (struct range){ bio->sector, bio->bytes >> 9 });
+		if (late)
+			COUNT(slot, late);
+	}
+}
+
 int blk_bio_queue(u64 *ctx)
 {
 	struct windows *ws = VALUE(FD_WINDOWS);
@@ -126,17 +141,16 @@ int blk_bio_queue(u64 *ctx)
 	if (!error)
 		return 0;
 	if (error == -EEXIST) {
-		/* The bio that had this address before was never seen to complete. */
-		struct bio_range *old = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
-		u32 number = old ? old->dev : entry.dev;
+		/* The bio that had this address before was not seen to complete. */
+		volatile struct bio_range *old = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
 
-		FOR_EACH_SLOT(ws, KIND_BIO, number, slot)
-			COUNT_LOSS(slot, stale);
+		if (old)
+			complete(ws, old, true);
 		error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_ANY);
 	}
 	if (error)
 		FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
-			COUNT_LOSS(slot, full);
+			COUNT(slot, full);
 	return 0;
 }
 
@@ -146,19 +160,12 @@ int blk_bio_complete(u64 *ctx)
 	void *bio = (void *)ctx[BIO_COMPLETE_ARG];
 	u64 key = (u64)bio;
 	volatile struct bio_range *found = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
-	bool stale;
-	u32 number;
 
 	if (!found)
 		return 0;
 	/* Another device or operation: the address was used again, the completion meant was missed. */
-	number = found->dev;
-	stale = found->op != OP(FIELD(u32, bio, BIO_OPF)) || number != disk_number(BIO_DISK(bio));
-	FOR_EACH_SLOT(ws, KIND_BIO, number, slot) {
-		mark(ws, slot, COMPLETED, (struct range){ found->sector, found->bytes >> 9 });
-		if (stale)
-			COUNT_LOSS(slot, stale);
-	}
+	complete(ws, found, found->op != OP(FIELD(u32, bio, BIO_OPF)) ||
+				    found->dev != disk_number(BIO_DISK(bio)));
 	bpf_map_delete_elem(MAP(FD_INFLIGHT), &key);
 	return 0;
 }

@@ -51,8 +51,8 @@ INLINE struct stats *stats_of(u32 slot)
 	return bpf_map_lookup_elem(MAP(FD_STATS), &slot);
 }
 
-/* Losses are added atomically: a program may be interrupted by another on the same CPU. */
-#define COUNT_LOSS(slot, field)                                        \
+/* Added atomically: a program may be interrupted by another on the same CPU. */
+#define COUNT(slot, field)                                             \
 	do {                                                           \
 		struct stats *_s = stats_of(slot);                     \
 		if (_s)                                                \
@@ -119,7 +119,7 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 
 	if (end > w->end) {
 		if (w->whole)
-			COUNT_LOSS(slot, beyond);
+			COUNT(slot, beyond);
 		end = w->end;
 	}
 	if (first < w->start)
@@ -146,5 +146,5 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 INLINE void count_opaque(struct windows *ws, u32 kind, u32 number)
 {
 	FOR_EACH_SLOT(ws, kind, number, slot)
-		COUNT_LOSS(slot, opaque);
+		COUNT(slot, opaque);
 }

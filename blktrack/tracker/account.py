@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blktrack.bpf.planes import Reading
+from blktrack.state import Epoch
 from blktrack.sysfs import BlockDevice
 from blktrack.units import SECTOR
 
@@ -29,11 +30,31 @@ class Account:
 
     unbegun: int
     unended: int
-    exact: bool
+    exact: bool = False
+
+    def at_least(self, *, unbegun: int | None = None, unended: int | None = None) -> Account:
+        """With either raised to what is known by now."""
+        return replace(
+            self,
+            unbegun=max(self.unbegun, self.unbegun if unbegun is None else unbegun),
+            unended=max(self.unended, self.unended if unended is None else unended),
+        )
 
 
 def available(device: BlockDevice) -> bool:
     return device.request_based and device.queue_number("iostats") == 1
+
+
+def known(epoch: Epoch, slot: int) -> Account | None:
+    """What is accounted for; None if nothing was when the slot's counters began."""
+    pair = epoch.accounts.get(str(slot))
+    return Account(pair[0], pair[1]) if pair else None
+
+
+def remember(epoch: Epoch, slot: int, account: Account | None) -> None:
+    """For the next drain; a slot's counters go on until it is given up."""
+    if account:
+        epoch.accounts[str(slot)] = [account.unbegun, account.unended]
 
 
 def take(device: BlockDevice, stats: Callable[[], Reading]) -> Account:

@@ -8,27 +8,26 @@ from blktrack.sysfs import BlockDevice, boot_id
 from blktrack.tracker.account import Account
 from blktrack.units import format_size
 
-_LOSSES = {
+LOSSES = {
     "opaque": "{n} pass-through or unknown commands may have changed any part of it",
     "beyond": "{n} writes lay beyond the end it had when tracking began",
     "full": "{n} writes could not be remembered until their completion",
-    "stale": "{n} writes were never seen to complete",
     "overflow": "{n} discards had more ranges than can be followed",
 }
 
 
 def of_identity(state: DeviceState, device: BlockDevice) -> str | None:
-    """Is it still the device, in the boot, that tracking began on?"""
+    """Is it still the device, in the boot, that tracking began on? It may have grown."""
     if state.boot_id != boot_id():
-        return "the host was rebooted"
+        if state.in_use:
+            return f"the host was rebooted and had not stopped cleanly: {state.in_use}"
+        return "the host was rebooted without blktrack stop"
     if state.diskseq != device.diskseq:
         return f"the device was re-created (sequence {device.diskseq}, was {state.diskseq})"
-    if state.size != device.size:
-        return (
-            f"the device was resized from {format_size(state.size)} to {format_size(device.size)}"
-        )
     if state.start != device.start:
         return f"the partition was moved from byte {state.start} to {device.start}"
+    if device.size < state.size:
+        return f"the device shrank from {format_size(state.size)} to {format_size(device.size)}"
     return None
 
 
@@ -54,36 +53,38 @@ def of_window(state: DeviceState, kernel: Kernel, maps: set[int]) -> str | None:
     return None
 
 
-def of_counters(stats: dict[str, int]) -> str | None:
-    """Losses that the programs counted; the counters began at zero with the generation."""
-    found = [text.format(n=stats[name]) for name, text in _LOSSES.items() if stats[name]]
+def of_counters(stats: dict[str, int], *, growing: bool = False) -> str | None:
+    """Losses that the programs counted; the counters began at zero with the generation.
+
+    growing -- the device has grown, and all beyond its old end is going to be taken as changed.
+    """
+    found = [
+        text.format(n=stats[name])
+        for name, text in LOSSES.items()
+        if stats[name] and not (growing and name == "beyond")
+    ]
     return "; ".join(found) or None
 
 
-def unseen(epoch: Epoch, account: Account | None) -> bool:
-    """Did the kernel end changes without a program seeing it?"""
-    return bool(account and epoch.unended is not None and account.unended > epoch.unended)
-
-
-def of_account(epoch: Epoch, account: Account | None) -> str | None:
+def of_account(before: Account | None, now: Account | None) -> str | None:
     """Changes seen to begin are covered by the submitted planes; others are not."""
-    if account and epoch.unbegun is not None and unseen(epoch, account):
-        count = account.unbegun - epoch.unbegun
-        if count > 0:
-            return f"{format_size(count)} of changes were seen by the kernel alone"
+    if before and now and now.unended > before.unended and now.unbegun > before.unbegun:
+        count = now.unbegun - before.unbegun
+        return f"{format_size(count)} of changes were seen by the kernel alone"
     return None
 
 
 def of_misses(epoch: Epoch, submit: Program, complete: Program, *, bio: bool) -> str | None:
     """Program runs that the kernel skipped (`recursion_misses`, per program, since 6.1).
 
-    Skipped completions alone are covered by the submitted planes. On bio-based devices a completion
-    tells no range without its submission; on others the two must both be missing.
+    Skipped completions alone are covered: by the submitted planes, on bio-based devices by the
+    table of what is in flight. There a completion tells no range without its submission; on others
+    the two must both be missing.
     """
     submits = submit.missed - epoch.submit_missed
     completes = complete.missed - epoch.complete_missed
     if bio and submits:
         return f"the kernel skipped {submits} runs of the program that sees writes begin"
-    if completes and (submits or epoch.submit_unsure):
+    if not bio and completes and (submits or epoch.submit_unsure):
         return f"the kernel skipped {submits + completes} runs of both tracking programs"
     return None

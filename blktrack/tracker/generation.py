@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 import uuid
 
-from blktrack import bitmap, durable
+from blktrack import bitmap, crash, durable
 from blktrack.bpf import abi, layout
 from blktrack.bpf.btf import Btf
+from blktrack.bpf.install import install
 from blktrack.bpf.kernel import Detached, Kernel, Window
 from blktrack.bpf.planes import Geometry
 from blktrack.device import bypasses_bios, device_id
 from blktrack.errors import BlktrackError, Refused, UsageError
 from blktrack.state import BitFile, DeviceState, Doubt, Epoch, Store
-from blktrack.sysfs import BlockDevice, boot_id
+from blktrack.sysfs import BlockDevice, boot_id, memory_available
 from blktrack.tracker import account
 from blktrack.units import KIB, MIB, format_size
 
@@ -27,11 +28,12 @@ _KEPT_DOUBTS = 20
 _DRAIN_SECONDS = 30.0
 
 
-def window_of(device: BlockDevice, granularity: int) -> Window:
+def window_of(device: BlockDevice, size: int, granularity: int) -> Window:
+    """What a slot for the first `size` bytes of a device tracks."""
     kind = abi.KIND_REQUEST if device.request_based else abi.KIND_BIO
     disk = abi.disk_number(*device.disk.number)
     whole = not device.is_partition
-    return Window(disk, kind, device.start, device.size, granularity, whole)
+    return Window(disk, kind, device.start, size, granularity, whole)
 
 
 def default_granularity(size: int, block_size: int) -> int:
@@ -54,6 +56,17 @@ def check_granularity(granularity: int, device: BlockDevice) -> None:
         )
 
 
+def check_memory(device: BlockDevice, geometry: Geometry) -> None:
+    """Refused where the dirty maps would take a large part of the memory that is left."""
+    needed, available = 2 * geometry.map_bytes, memory_available()
+    if needed > available // 2:
+        raise Refused(
+            f"tracking {device.path} needs {format_size(needed)} of kernel memory for its dirty "
+            f"maps, and {format_size(available)} are available",
+            hint="choose a larger --granularity",
+        )
+
+
 def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceState:
     """Start tracking anew, whatever was before. The caller holds the device's lock."""
     number = device_id(device)
@@ -64,13 +77,15 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
         granularity = default_granularity(device.size, device.block_size)
     if bypasses_bios(device):
         _refuse_rw_page(device)
-    window = window_of(device, granularity)
+    window = window_of(device, device.size, granularity)
+    check_memory(device, window.geometry)
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
-        with Kernel.install(store.paths.pins, window.kind) as kernel:
+        with install(store.paths.pins, window.kind) as kernel:
             for slot in kernel.slots(window.disk, window.start):
                 kernel.remove(slot)
+        crash.point("begin-removed")
         # Removing the last slot took the programs with it.
-        with Kernel.install(store.paths.pins, window.kind) as kernel:
+        with install(store.paths.pins, window.kind) as kernel:
             programs = kernel.programs(window.kind)
             state.slot = kernel.add(window)
             active, retired = kernel.planes(state.slot, window.geometry)
@@ -78,6 +93,7 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
             counts = None
             if account.available(device):
                 counts = account.take(device, kernel.stats_reader(state.slot))
+    crash.point("begin-attached")
     if window.kind == abi.KIND_BIO:
         _wait_for_unseen_bios(device)
     submit, complete = (programs[name].missed for name in _names(window.kind))
@@ -89,14 +105,15 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
     words = window.geometry.levels[0]
     # What links had to ship belongs to the generation before, and may be of another size.
     for name in ("pending", "shipping"):
-        for path in store.run(number).glob(f"links/*/{name}"):
+        for path in store.link_files(number, name):
             path.unlink(missing_ok=True)
     BitFile(store.run(number) / "settling", words, create=True).close()
     epoch = Epoch(state.generation, submit_missed=submit, complete_missed=complete)
-    if counts:
-        epoch.unbegun, epoch.unended = counts.unbegun, counts.unended
+    account.remember(epoch, state.slot, counts)
     store.save_epoch(number, epoch)
+    crash.point("begin-epoch")
     store.save_device(state)
+    crash.point("begin-recorded")
     return state
 
 
@@ -107,6 +124,7 @@ def end(store: Store, state: DeviceState, reason: str) -> None:
         del state.doubts[:-_KEPT_DOUBTS]
     state.generation = ""
     store.save_device(state)
+    crash.point("end-recorded")
 
 
 def detach(store: Store, state: DeviceState) -> None:
@@ -114,8 +132,11 @@ def detach(store: Store, state: DeviceState) -> None:
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
         try:
             with Kernel(store.paths.pins) as kernel:
+                if (window := kernel.window(state.slot)) is None:
+                    return
                 if kernel.active_map(state.slot) in state.maps:
-                    kernel.remove(state.slot)
+                    for slot in kernel.slots(window.disk, window.start):
+                        kernel.remove(slot)
         except Detached:
             return
 

@@ -16,12 +16,11 @@ from blktrack.errors import NotTracked, Refused, UsageError
 from blktrack.report import DeviceStatus, ExtentsReport, LinkStatus, TrackReport
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.sysfs import BlockDevice
-from blktrack.tracker import generation
+from blktrack.tracker import doubt, generation
+from blktrack.tracker.growth import open_tracking
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.tracking import Gap, Tracking
 from blktrack.units import format_size
-
-_LOSSES = ("opaque", "beyond", "full", "stale", "overflow")
 
 
 def hold(store: Store, state_id: str, path: str) -> AbstractContextManager[None]:
@@ -48,7 +47,7 @@ def track(store: Store, path: str, granularity: int | None) -> TrackReport:
         state = store.device(number)
         began = True
         if state is not None and state.wanted:
-            with contextlib.suppress(Gap), Tracking(store, state, device):
+            with contextlib.suppress(Gap), open_tracking(store, state, device):
                 began = False
         if not began and state is not None and granularity not in (None, state.granularity):
             raise Refused(
@@ -59,7 +58,7 @@ def track(store: Store, path: str, granularity: int | None) -> TrackReport:
             kept = state.granularity if state is not None and state.wanted else None
             state = generation.begin(store, device, granularity or kept)
     assert state is not None
-    window = generation.window_of(device, state.granularity)
+    window = generation.window_of(device, state.size, state.granularity)
     return TrackReport(
         device=path,
         size=state.size,
@@ -89,7 +88,7 @@ def extents(store: Store, path: str, target: str | None) -> ExtentsReport:
         links = [link for link in links if target in (link.target, link.name)]
         if not links:
             raise UsageError(f"{path} has no replica {target}", hint="see blktrack status")
-    with hold(store, state.id, path), Tracking(store, state, device) as tracking:
+    with hold(store, state.id, path), open_tracking(store, state, device) as tracking:
         found = tracking.live()
         for link in links:
             found |= _pending(tracking, link, found)
@@ -146,7 +145,7 @@ def _status(store: Store, state: DeviceState, device: BlockDevice | None) -> Dev
         tracking = None
         if device is not None:
             try:
-                tracking = stack.enter_context(Tracking(store, state, device))
+                tracking = stack.enter_context(open_tracking(store, state, device))
             except Gap:
                 report.state = "gap"
                 report.reason = state.doubts[-1].reason if state.doubts else "tracking never began"
@@ -155,13 +154,13 @@ def _status(store: Store, state: DeviceState, device: BlockDevice | None) -> Dev
             counters = tracking.counters()
             live = tracking.live()
             report.state, report.reason, report.since = "tracking", "", state.began
-            report.epoch = tracking.epoch.number
+            report.size, report.epoch = state.size, tracking.epoch.number
             report.dirty_bytes = min(bitmap.count(live) * state.granularity, state.size)
             report.written_bytes, report.writes = counters["written"], counters["writes"]
-            report.losses = sum(counters[name] for name in _LOSSES)
+            report.losses = sum(counters[name] for name in doubt.LOSSES)
         report.generation = state.generation
         report.doubts = [
-            {"reason": doubt.reason, "time": doubt.time} for doubt in reversed(state.doubts)
+            {"reason": past.reason, "time": past.time} for past in reversed(state.doubts)
         ]
         for link in store.links(state.id):
             report.links.append(_link_status(state, link, tracking, live))

@@ -1,26 +1,27 @@
 """A tracked device, open: draining its maps into the pending sets of its links.
 
-Open it under the device's lock (`Tracker.hold`), which is never held for longer than a swap takes.
+Open it under the device's lock (`tracker.hold`), which is never held for longer than a swap takes.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from blktrack import bitmap
+from blktrack import bitmap, crash
 from blktrack.bitmap import Words
 from blktrack.bpf import abi
 from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
 from blktrack.errors import BlktrackError
 from blktrack.state import BitFile, DeviceState, Store
 from blktrack.sysfs import BlockDevice
-from blktrack.tracker import account, doubt, generation
+from blktrack.tracker import account, doubt
 from blktrack.tracker.account import Account
+from blktrack.tracker.generation import end, window_of
+from blktrack.units import SECTOR
 
 
 class Gap(BlktrackError):
@@ -29,10 +30,15 @@ class Gap(BlktrackError):
     exit_code = 3
 
 
-# Why `settling` exists. A completion that the kernel skipped belongs to a write submitted in this
-# epoch or before. Nothing in flight after a swap means that all earlier epochs' writes have ended
-# (a dispatcher still between its issue event and the count of `inflight` keeps the swap waiting, as
-# both lie in one RCU section; where the driver may sleep, the epoch kept in any case covers it).
+# Completions that no program saw are covered, without a doubt, by what is known of their begin:
+#
+# - On a bio-based device by the table of what is in flight, in which they stay: each drain takes
+#   its entries as changed.
+# - On a request-based one by the submitted planes. A completion that went unseen belongs to a
+#   write submitted in this epoch or before: `settling` keeps what was, until nothing is in flight.
+#   Nothing in flight after a swap means that all earlier epochs' writes have ended (a dispatcher
+#   still between its issue event and the count of `inflight` keeps the swap waiting, as both lie
+#   in one RCU section; where the driver may sleep, the epoch kept in any case covers it).
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class Tracking:
 
     def __init__(self, store: Store, state: DeviceState, device: BlockDevice) -> None:
         self.store, self.state, self.device = store, state, device
-        self.window = generation.window_of(device, state.granularity or 4096)
+        self.window = window_of(device, state.size, state.granularity or 4096)
+        self.bio = self.window.kind == abi.KIND_BIO
         self.kernel: Kernel | None = None
         reason = None if state.generation else self._last_reason()
         reason = reason or doubt.of_identity(state, device)
@@ -72,7 +79,7 @@ class Tracking:
 
     def _end(self, reason: str) -> None:
         if self.state.generation:
-            generation.end(self.store, self.state, reason)
+            end(self.store, self.state, reason)
         raise Gap(
             f"{self.device.path}: {reason}",
             hint="run blktrack sync: it begins anew and resyncs the replica",
@@ -93,10 +100,10 @@ class Tracking:
         """Words of a bitmap of this device's granules."""
         return self.window.geometry.levels[0]
 
-    def link_files(self, name: str) -> list[Path]:
-        """This file of every link that takes part in drains."""
-        folder = self.store.run(self.state.id) / "links"
-        return sorted(folder.glob(f"*/{name}")) if folder.is_dir() else []
+    @property
+    def grown(self) -> bool:
+        """Whether the device is larger than what is tracked of it."""
+        return self.device.size > self.state.size
 
     def drain(self) -> Swap:
         """Close the epoch: from here on, changes belong to the next one. Gap if marks were lost."""
@@ -105,18 +112,23 @@ class Tracking:
             self._absorb()
         self.epoch.clear = False
         self.store.save_epoch(self.state.id, self.epoch)
+        crash.point("drain-announced")
         # Read before the swap: what is missed from here on counts for the next epoch too.
         submit, complete = self._program_pair()
         before = self._account()
         self.kernel.swap(self.state.slot, self.retired)
         at = time.time()
+        crash.point("drain-swapped")
         self.active, self.retired = self.retired, self.active
         self._absorb()
         self.epoch.number += 1
         self.epoch.submit_missed, self.epoch.complete_missed = submit.missed, complete.missed
-        if before and before.exact and self.epoch.unended is not None:
-            self.epoch.unended = max(self.epoch.unended, before.unended)
+        known = account.known(self.epoch, self.state.slot)
+        if known and before and before.exact:
+            known = known.at_least(unended=before.unended)
+        account.remember(self.epoch, self.state.slot, known)
         self.store.save_epoch(self.state.id, self.epoch)
+        crash.point("drain-recorded")
         return Swap(self.state.generation, self.epoch.number, at)
 
     def _absorb(self) -> None:
@@ -125,41 +137,62 @@ class Tracking:
         # First: a completion that is missed from here on is found below or by the next drain.
         idle = self.device.disk.in_flight == 0
         submit, complete = self._program_pair()
-        counts = self._account()
-        reason = (
-            doubt.of_counters(self.kernel.stats(self.state.slot))
-            or doubt.of_misses(self.epoch, submit, complete, bio=self.window.kind == abi.KIND_BIO)
-            or doubt.of_account(self.epoch, counts)
-        )
-        if reason:
+        known, now = account.known(self.epoch, self.state.slot), self._account()
+        if reason := (
+            doubt.of_counters(self.kernel.stats(self.state.slot), growing=self.grown)
+            or doubt.of_misses(self.epoch, submit, complete, bio=self.bio)
+            or doubt.of_account(known, now)
+        ):
             self._end(reason)
         found = self.retired.nonzero()
-        missed = complete.missed != self.epoch.complete_missed or doubt.unseen(self.epoch, counts)
+        missed = complete.missed != self.epoch.complete_missed
+        missed = missed or bool(known and now and now.unended > known.unended)
         with BitFile(self.store.run(self.state.id) / "settling", self.words) as settling:
-            for path in self.link_files("pending"):
+            for path in self.store.link_files(self.state.id, "pending"):
                 with BitFile(path, self.words) as pending:
                     self.retired.merge_into(abi.COMPLETED, pending.words, found[abi.COMPLETED])
-                    if missed:
+                    if self.bio:
+                        self._add_in_flight(pending.words)
+                    elif missed:
                         self.retired.merge_into(abi.SUBMITTED, pending.words, found[abi.SUBMITTED])
                         bitmap.or_into(pending.words, settling.words, settling.nonzero())
+                crash.point("drain-merged")
             # `inflight` leaves out requests that are done but wait for the softirq that ends them.
-            settled = idle and (counts is None or counts.exact)
-            if counts and self.epoch.unbegun is not None:
-                settled = settled and counts.unbegun >= self.epoch.unbegun
+            settled = idle and (now is None or now.exact)
+            if known and now:
+                settled = settled and now.unbegun >= known.unbegun
                 if not missed:  # never less: what is in flight makes it seem so
-                    self.epoch.unbegun = max(self.epoch.unbegun, counts.unbegun)
+                    account.remember(
+                        self.epoch, self.state.slot, known.at_least(unbegun=now.unbegun)
+                    )
             if settled:
                 settling.clear()
-            self.retired.merge_into(abi.SUBMITTED, settling.words, found[abi.SUBMITTED])
+            crash.point("drain-settled")
+            if not self.bio:
+                self.retired.merge_into(abi.SUBMITTED, settling.words, found[abi.SUBMITTED])
+        crash.point("drain-settling")
         self.retired.clear(found)
+        crash.point("drain-cleared")
         unsure = self.epoch.submit_unsure and not settled
         self.epoch.submit_unsure = unsure or submit.missed != self.epoch.submit_missed
         self.epoch.clear = True
 
+    def _add_in_flight(self, target: Words) -> None:
+        """Take as changed what a bio-based device has in flight, and all that seems to be."""
+        assert self.kernel
+        window, size = self.window, self.state.granularity
+        for entry in self.kernel.in_flight(window.disk):
+            start = int(entry["sector"]) * SECTOR - window.start
+            first, last = max(start, 0), min(start + int(entry["bytes"]), window.length)
+            if first < last:
+                granules = bitmap.granules_for(last, size) - first // size
+                bitmap.set_range(target, first // size, granules)
+
     def _account(self) -> Account | None:
         """The programs' counts against the kernel's; None if it kept none when tracking began."""
         assert self.kernel
-        if self.epoch.unended is None or not account.available(self.device):
+        known = account.known(self.epoch, self.state.slot)
+        if known is None or not account.available(self.device):
             return None
         return account.take(self.device, self.kernel.stats_reader(self.state.slot))
 

@@ -1,0 +1,156 @@
+"""Putting the programs and maps in place: made, attached and pinned, or the reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from blktrack import sysfs
+from blktrack.bpf import abi, layout, libbpf
+from blktrack.bpf.btf import Btf
+from blktrack.bpf.compile import compile_programs, fingerprint, source
+from blktrack.bpf.kernel import BY_KIND, MAPS, Kernel, create_inner, remove
+from blktrack.bpf.planes import Geometry
+from blktrack.errors import BlktrackError
+
+
+def install(root: Path, kind: int) -> Kernel:
+    """Attach the programs for `kind` of device, making maps and pins as needed."""
+    mount_bpffs(root.parent)
+    pins = root / fingerprint()
+    if not all((pins / name).exists() for name in MAPS):
+        remove(root)
+        pins.mkdir(mode=0o700, parents=True)
+        _create_maps(pins)
+    kernel = Kernel(root)
+    names = BY_KIND[kind]
+    if not all((pins / f"link_{name}").exists() for name in names):
+        try:
+            _attach(pins, names, kernel.maps)
+        except BaseException:
+            kernel.close()
+            raise
+    return kernel
+
+
+def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None:
+    """Load all, then attach completions first: what is seen to begin is then seen to end."""
+    links: dict[str, int] = {}
+    programs: dict[str, int] = {}
+    try:
+        programs = load(names, maps)
+        for name in reversed(names):
+            links[name] = libbpf.attach(programs[name])
+        for name in names:
+            path = pins / f"link_{name}"
+            path.unlink(missing_ok=True)
+            libbpf.pin(links[name], path)
+    except OSError as error:
+        raise BlktrackError(
+            f"the kernel refused to attach the tracking programs: {error}",
+            hint="run blktrack doctor",
+        ) from error
+    finally:
+        for fd in (*links.values(), *programs.values()):
+            os.close(fd)
+
+
+def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
+    """Compile and load programs for the running kernel: descriptors by name."""
+    btf = Btf()
+    loaded: dict[str, int] = {}
+    try:
+        code = compile_programs(source(layout.constants(btf), maps))
+        for name in names:
+            target = btf.tracepoint(layout.PROGRAMS[name])
+            loaded[name] = libbpf.load_program(name, code[name], target)
+    except (OSError, ValueError) as error:
+        for fd in loaded.values():
+            os.close(fd)
+        raise BlktrackError(
+            f"the kernel refused a tracking program: {error}", hint="run blktrack doctor"
+        ) from error
+    finally:
+        btf.close()
+    return loaded
+
+
+def probe() -> None:
+    """Make maps, compile and load every program, and let it all go. BlktrackError if any fails."""
+    maps = make_maps()
+    try:
+        for fd in load(layout.PROGRAMS, maps).values():
+            os.close(fd)
+    finally:
+        for fd in maps.values():
+            os.close(fd)
+
+
+def make_maps() -> dict[str, int]:
+    """The shared maps: descriptors by name."""
+    # Kernels before 5.11 charged maps to this limit; raising it is harmless later.
+    with contextlib.suppress(OSError, ValueError):
+        endless = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (endless, endless))
+    fds: dict[str, int] = {}
+    template = -1
+    try:
+        template = create_inner(Geometry(1))
+        fds["windows"] = libbpf.create_map(
+            libbpf.MAP_ARRAY,
+            "blktrack_windows",
+            4,
+            abi.WINDOWS.itemsize,
+            1,
+            flags=libbpf.F_MMAPABLE,
+        )
+        fds["planes"] = libbpf.create_map(
+            libbpf.MAP_ARRAY_OF_MAPS, "blktrack_planes", 4, 4, abi.SLOTS, inner=template
+        )
+        fds["stats"] = libbpf.create_map(
+            libbpf.MAP_PERCPU_ARRAY, "blktrack_stats", 4, abi.STATS.itemsize, abi.SLOTS
+        )
+        fds["inflight"] = libbpf.create_map(
+            libbpf.MAP_HASH, "blktrack_bios", 8, abi.BIO.itemsize, abi.INFLIGHT
+        )
+    except OSError as error:
+        for fd in fds.values():
+            os.close(fd)
+        raise BlktrackError(
+            f"cannot make the tracking maps: {error}", hint="run blktrack doctor"
+        ) from error
+    finally:
+        if template >= 0:
+            os.close(template)
+    return fds
+
+
+def _create_maps(pins: Path) -> None:
+    fds = make_maps()
+    try:
+        for name in MAPS:
+            libbpf.pin(fds[name], pins / name)
+    except OSError as error:
+        raise BlktrackError(
+            f"cannot pin the tracking maps in {pins}: {error}", hint="run blktrack doctor"
+        ) from error
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
+def mount_bpffs(where: Path) -> None:
+    """Mount bpffs where pins go, if it is not."""
+    if sysfs.filesystem_at(where) == "bpf":
+        return
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        libbpf.mount("bpf", where)
+    except OSError as error:
+        raise BlktrackError(
+            f"cannot mount bpffs on {where}: {error.strerror}",
+            hint=f"run as root: mount -t bpf bpf {where}",
+        ) from error
