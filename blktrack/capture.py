@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from blktrack.state import Store
 from blktrack.sysfs import BlockDevice
-from blktrack.tracker.tracker import hold
+from blktrack.tracker.opening import hold
 from blktrack.tracker.tracking import Gap, Swap, Tracking
 
 

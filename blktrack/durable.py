@@ -12,20 +12,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from blktrack import crash
 from blktrack.errors import BlktrackError, Busy
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace `path`: after a crash at any step it holds the old value or the new one, whole."""
-    text = json.dumps(value, indent=1)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_bytes(path, f"{json.dumps(value, indent=1)}\n".encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As write_json, for any content. Writers of one path hold one lock."""
+    temporary = path.with_name(f".{path.name}.new")
     try:
         make_directory(path.parent)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(f"{text}\n")
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        crash.point("file-written")
         os.rename(temporary, path)
+        crash.point("file-renamed")
         sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -111,3 +111,17 @@ class DoctorReport(Report):
     ok: bool
     kernel: str
     checks: list[Check]
+
+
+@dataclass
+class DeviceAction(Report):
+    """What `start` or `stop` did."""
+
+    device: str
+    action: str  # stopped, in use, gap; resumed, tracking, began; absent, failed
+    reason: str
+
+
+@dataclass
+class ServiceReport(Report):
+    devices: list[DeviceAction]

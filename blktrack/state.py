@@ -2,6 +2,7 @@
 
     LIB/devices/ID/device.json             identity, granularity, generation, doubts
     LIB/devices/ID/links/LINK.json         replica, cursor, what the link is in the middle of
+    LIB/devices/ID/rest.json, LINK.rest    while at rest: the device's fingerprint, pending sets
     RUN/kernel.lock                        held while programs and slots change
     RUN/devices/ID/lock                    held while maps are swapped and merged, never for long
     RUN/devices/ID/epoch.json              epoch, is the retired map clear, misses accounted for
@@ -21,24 +22,17 @@ only added, or cleared after they have a safer home, so a process may die betwee
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import mmap
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-
-from blktrack import bitmap, durable, linux
-from blktrack.bitmap import Indices, Words
+from blktrack import durable
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError
 from blktrack.point import Point
 
 _FORMAT = 1
-_FEW = 16  # a set of which one word in so many is set, or less, keeps its memory when cleared
 
 T = TypeVar("T")
 
@@ -70,8 +64,22 @@ class DeviceState:
     began: float = 0.0
     programs: dict[str, int] = field(default_factory=dict)  # link ids by program
     maps: list[int] = field(default_factory=list)  # ids of the two inner maps
-    in_use: str = ""  # why `stop` could not put it to rest, "" if it did or was not asked
+    resting: bool = False  # put to rest by `stop`: nothing is attached, see Rest
+    in_use: str = ""  # why `stop` could not put it to rest
     doubts: list[Doubt] = field(default_factory=list)  # newest last
+
+
+@dataclass
+class Rest:
+    """A generation across a clean stop: what has to be the same when tracking goes on."""
+
+    generation: str
+    epoch: int
+    time: float
+    boot_id: str  # the boot in which `written` goes on counting
+    written: int  # fingerprint.sectors_written
+    places: list[list[int]]
+    fingerprint: str
 
 
 @dataclass
@@ -99,70 +107,6 @@ class Epoch:
     submit_unsure: bool = False  # the epoch before missed submissions
     # What is accounted for (account.py), by slot: bytes of unbegun and unended changes.
     accounts: dict[str, list[int]] = field(default_factory=dict)
-
-
-class BitFile:
-    """A bitmap of granules in a file that is memory: stores survive the process at once.
-
-    The file is sparse and only its data is ever scanned. FileNotFoundError if there is none and
-    `create` is not set, BlktrackError for one that is too small.
-    """
-
-    def __init__(self, path: Path, words: int, *, create: bool = False) -> None:
-        self.size = max(words, 1) * 8
-        if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-        self._fd = os.open(path, flags, 0o600)
-        try:
-            if create:
-                os.ftruncate(self._fd, 0)
-                os.ftruncate(self._fd, self.size)
-            if os.fstat(self._fd).st_size < self.size:
-                raise BlktrackError(f"{path} is not the pending set of this device")
-            self._memory = mmap.mmap(self._fd, self.size)
-        except BaseException:
-            os.close(self._fd)
-            raise
-        self.words: Words = np.frombuffer(self._memory, dtype=np.uint64)[:words]
-
-    @staticmethod
-    def widen(path: Path, words: int) -> None:
-        """Make a set longer; those who have it open go on with what they see of it."""
-        if path.stat().st_size < words * 8:
-            os.truncate(path, words * 8)
-
-    def nonzero(self) -> Indices:
-        """Numbers of the words that are set."""
-        found = []
-        for start, length in linux.data_extents(self._fd):
-            first, end = start // 8, -(-(start + length) // 8)
-            found.append(bitmap.nonzero(self.words[first:end]) + first)
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
-
-    def clear(self) -> None:
-        """Take all bits away. What few of them lay in stays allocated until a set is left empty.
-
-        The next few bits are then set in a tenth of the time that the kernel needs for new pages.
-        """
-        index = self.nonzero()
-        if 0 < len(index) <= len(self.words) // _FEW:
-            self.words[index] = 0
-        else:
-            linux.punch_hole(self._fd, 0, self.size)
-
-    def close(self) -> None:
-        self.words = np.empty(0, dtype=np.uint64)
-        # An error on its way up may hold the words; it must not be replaced by one from here.
-        with contextlib.suppress(BufferError):
-            self._memory.close()
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Store:
@@ -219,6 +163,18 @@ class Store:
 
     def save_link(self, device: str, link: LinkState) -> None:
         _write(self.lib(device) / "links" / f"{link.id}.json", link)
+
+    def rest(self, device: str) -> Rest | None:
+        raw = _read(self.lib(device) / "rest.json")
+        return _known(Rest, raw) if raw else None
+
+    def save_rest(self, device: str, rest: Rest) -> None:
+        _write(self.lib(device) / "rest.json", rest)
+
+    def drop_rest(self, device: str) -> None:
+        """Forget a rest that is over. Whether it holds is said by `resting` alone."""
+        for path in (*self.lib(device).glob("*.rest"), self.lib(device) / "rest.json"):
+            path.unlink(missing_ok=True)
 
     def epoch(self, device: str) -> Epoch | None:
         raw = _read(self.run(device) / "epoch.json")

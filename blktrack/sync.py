@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from blktrack import capture, extent
+from blktrack import capture, crash, extent
 from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.point import Point
@@ -28,9 +28,9 @@ from blktrack.ship.replica import Replica
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
-from blktrack.tracker.growth import open_tracking
 from blktrack.tracker.link import LinkSets
-from blktrack.tracker.tracker import find, hold, resync_reason
+from blktrack.tracker.opening import hold, open_tracking
+from blktrack.tracker.tracker import find, resync_reason
 from blktrack.tracker.tracking import Gap, Swap, Tracking
 from blktrack.units import format_size
 
@@ -141,6 +141,7 @@ class _Round:
                 raise NotTracked(f"{self.device.path} is no longer tracked")
             tracking, swap = self._drain(state)
             with tracking:
+                self._catch_up(tracking.state)
                 mode, reason = self._mode(tracking.state)
                 resumed = (
                     link.phase == mode
@@ -149,26 +150,26 @@ class _Round:
                     and not self.replica.changed
                 )
                 sets = None
-                if mode == "incremental" or resumed:
-                    try:
-                        sets = LinkSets(tracking, link)
-                    except FileNotFoundError:
+                try:
+                    sets = LinkSets(tracking, link)
+                except FileNotFoundError:
+                    resumed = False
+                    if mode == "incremental":
                         mode, reason = "resync", "its pending set is gone"
                 if mode == "resync" and self.options.no_resync:
                     raise ResyncNeeded(
                         f"{link.target} needs a resync: {reason}", hint="run it without --no-resync"
                     )
-                if sets is not None:
+                sets = sets or LinkSets(tracking, link, create=True)
+                if mode == "incremental" or resumed:
                     extents = sets.take()
                 else:
-                    sets = LinkSets(tracking, link, create=True)
                     sets.fill()
                     extents = sets.extents()
                     link.phase, link.filled = mode, tracking.state.generation
                     link.reason = reason
-                    if mode == "initial":
-                        link.cursor = None
                     self.store.save_link(self.number, link)
+                    crash.point("fill-recorded")
         if mode == "incremental" and not len(extents):
             mode = "nothing"
         return Plan(mode, reason, swap, extents), sets
@@ -191,6 +192,20 @@ class _Round:
         tracking = Tracking(self.store, state, self.device)
         return tracking, tracking.drain()
 
+    def _catch_up(self, state: DeviceState) -> None:
+        """A death between the two commits leaves the replica ahead of the link: follow it."""
+        link, record = self.link, self.replica.record
+        if record is None or record.state is not State.READY or self.replica.changed:
+            return
+        point, cursor = record.point, link.cursor
+        if point is None or point.generation != state.generation:
+            return
+        behind = cursor is None or cursor.generation != point.generation
+        if behind or (cursor and cursor.epoch < point.epoch):
+            link.cursor = point
+            link.phase = link.filled = link.reason = ""
+            self.store.save_link(self.number, link)
+
     def _mode(self, state: DeviceState) -> tuple[str, str]:
         """How to bring the replica up, and why if not the usual way."""
         record = self.replica.record
@@ -198,7 +213,7 @@ class _Round:
             return "initial", "a full copy was asked for"
         if record is None:
             return "initial", "the replica is new" if self.link.cursor else ""
-        if self.link.phase == "initial" and record.point is None:
+        if self.link.phase == "initial":
             return "initial", self.link.reason
         if self.options.resync:
             return "resync", self.options.resync
@@ -208,9 +223,7 @@ class _Round:
             return "resync", "the replica was made by a link that is not known here"
         if reason := resync_reason(state, self.link):
             return "resync", reason
-        # A death between the two commits leaves the replica ahead of the link, never behind it.
-        cursor, point = self.link.cursor, record.point
-        if point is None or point.generation != cursor.generation or point.epoch < cursor.epoch:
+        if record.point != self.link.cursor:
             return "resync", "the replica is not at the point that it was brought to"
         return "incremental", ""
 
@@ -226,7 +239,9 @@ class _Round:
             read_done()
             return level, Copied()
         between = State.APPLYING if plan.mode == "incremental" else State.UNFINISHED
+        crash.point("ship-planned")
         self.replica.begin(between, plan.swap.generation)
+        crash.point("ship-begun")
         with open_end(self.device.path) as source:
             copied = copy(
                 source,
@@ -244,12 +259,15 @@ class _Round:
         return level, copied
 
     def commit(self, point: Point, sets: LinkSets) -> None:
-        """Replica first, then the link, then what the link no longer has to ship."""
+        """Replica first, then what the link no longer has to ship, then the link."""
         self.replica.commit(point)
+        crash.point("commit-replica")
+        sets.all_shipped()
+        crash.point("commit-sets")
         self.link.cursor = point
         self.link.phase = self.link.filled = self.link.reason = ""
         self.store.save_link(self.number, self.link)
-        sets.all_shipped()
+        crash.point("commit-link")
 
 
 def _judge(mode: str, copied: Copied, path: str, target: str, options: Options) -> None:

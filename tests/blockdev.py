@@ -33,8 +33,8 @@ from blktrack.extent import ExtentArray
 from blktrack.report import SyncReport
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.tracker import tracker
-from blktrack.tracker.growth import open_tracking
 from blktrack.tracker.link import LinkSets
+from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.tracking import Tracking
 from blktrack.units import MIB, SECTOR
 from tests.needs import TOOL_PATH, zram
@@ -368,7 +368,7 @@ class Watch:
     @contextlib.contextmanager
     def open(self) -> Iterator[Tracking]:
         state, device = tracker.find(self.store, self.path)
-        held = tracker.hold(self.store, state.id, self.path)
+        held = hold(self.store, state.id, self.path)
         with held, open_tracking(self.store, state, device) as tracking:
             yield tracking
 

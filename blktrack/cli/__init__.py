@@ -27,6 +27,8 @@ COMMANDS = {
     "extents": "what the next sync would ship",
     "sync": "bring a replica to the present state of a device",
     "verify": "compare a replica with its device",
+    "start": "track on at boot",
+    "stop": "stop tracking cleanly at shutdown",
 }
 _NEEDS_ROOT = set(COMMANDS) - {"doctor"}
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from blktrack import crash
 from blktrack.errors import CopyFailed
 from blktrack.extent import ExtentArray, empty, from_pairs, total
 from blktrack.ship.endpoint import Endpoint
@@ -188,7 +189,9 @@ class _Ledger:
         self._flush_failed = False
         done, self._done = self._done, []
         if self._checkpoint is not None:
+            crash.point("copy-flushed")
             self._checkpoint(from_pairs(done))
+            crash.point("copy-checkpoint")
         self._settled = time.monotonic()
 
     def result(self, *, interrupted: bool, read_ended: float) -> Copied:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -118,6 +118,13 @@ class Record:
     state: State
     point: Point | None  # while APPLYING the one that is being left
     seal: Seal
+
+    def changed(self, now: Seal) -> str:
+        """What happened to the replica since this was written: a clause, "" if nothing is seen."""
+        seal = self.seal
+        if self.state is not State.READY and now.size == self.source.size:
+            seal = replace(seal, size=now.size)  # a file is given its source's size after `begin`
+        return seal.changed(now)
 
     def write(self, path: Path) -> None:
         write_json(path, {"format": FORMAT, **asdict(self)})

@@ -9,9 +9,8 @@
 `begin` records that the bytes are about to leave their point before the first of them does, and
 `commit` makes all bytes durable before it records the new point. So after a crash the record either
 names the point that the bytes are at, or says that they are at none (UNFINISHED) or between two
-(APPLYING). A crash between the two steps of `begin`, resizing a file and recording it, leaves a
-file whose size differs from its seal: that is seen as a change. A file that was created and never
-begun is removed; one that a crash leaves is empty, and as good as absent.
+(APPLYING). A file that was created and never begun is removed; one that a crash leaves is empty,
+and as good as absent.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from blktrack import linux
+from blktrack import crash, linux
 from blktrack.config import Paths
 from blktrack.durable import lock, sync_directory
 from blktrack.errors import Refused
@@ -112,17 +111,20 @@ class Replica:
         point = self.record.point if self.record and state is State.APPLYING else None
         if state is State.READY or (state is State.APPLYING and point is None):
             raise ValueError(f"a replica without a point cannot be {state}")
-        if isinstance(self.end, FileEnd) and self.end.size != self._source.size:
-            self.end.resize(self._source.size)
         origin = Origin.of(self._source, generation)
         self._write(Record(self.link, origin, state, point, self._seal(digest=False)))
         self._created = False
+        crash.point("apply-recorded")
+        if isinstance(self.end, FileEnd) and self.end.size != self._source.size:
+            self.end.resize(self._source.size)
+            crash.point("apply-resized")
 
     def commit(self, point: Point) -> None:
         """Make the bytes durable, then record that they are at `point`."""
         if self.record is None:
             raise ValueError("commit without begin")
         self.end.flush()
+        crash.point("commit-flushed")
         origin = Origin.of(self._source, point.generation)
         self._write(Record(self.link, origin, State.READY, point, self._seal(digest=True)))
         self.changed = ""
@@ -175,7 +177,7 @@ class Replica:
                     )
                 record = None if writable else record
             else:
-                self.changed = record.seal.changed(now)
+                self.changed = record.changed(now)
                 if record.seal.digest not in ("", now.digest) and writable and not force:
                     self._refuse_stranger()
                 if link is None and not self.changed:

@@ -11,14 +11,15 @@ import time
 import uuid
 
 from blktrack import bitmap, crash, durable
+from blktrack.bitfile import BitFile
 from blktrack.bpf import abi, layout
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.install import install
-from blktrack.bpf.kernel import Detached, Kernel, Window
+from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Window
 from blktrack.bpf.planes import Geometry
 from blktrack.device import bypasses_bios, device_id
 from blktrack.errors import BlktrackError, Refused, UsageError
-from blktrack.state import BitFile, DeviceState, Doubt, Epoch, Store
+from blktrack.state import DeviceState, Doubt, Epoch, Store
 from blktrack.sysfs import BlockDevice, boot_id, memory_available
 from blktrack.tracker import account
 from blktrack.units import KIB, MIB, format_size
@@ -75,10 +76,33 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
         check_granularity(granularity, device)
     else:
         granularity = default_granularity(device.size, device.block_size)
+    window = window_of(device, device.size, granularity)
+    epoch = Epoch(str(uuid.uuid4()))
+    occupy(store, state, device, window, epoch)
+    state.path, state.name, state.wanted = device.path, device.permanent_name, True
+    state.boot_id, state.diskseq = boot_id(), device.diskseq
+    state.size, state.start, state.granularity = device.size, device.start, granularity
+    state.generation, state.began, state.in_use = epoch.generation, time.time(), ""
+    # What links had to ship belongs to the generation before, and may be of another size.
+    for name in ("pending", "shipping"):
+        for path in store.link_files(number, name):
+            path.unlink(missing_ok=True)
+    words = window.geometry.levels[0]
+    BitFile(store.run(number) / "settling", words, create=True).close()
+    store.save_epoch(number, epoch)
+    crash.point("begin-epoch")
+    store.save_device(state)
+    crash.point("begin-recorded")
+    return state
+
+
+def occupy(
+    store: Store, state: DeviceState, device: BlockDevice, window: Window, epoch: Epoch
+) -> None:
+    """Attach programs and give the device a slot with empty maps, noted in `state` and `epoch`."""
+    check_memory(device, window.geometry)
     if bypasses_bios(device):
         _refuse_rw_page(device)
-    window = window_of(device, device.size, granularity)
-    check_memory(device, window.geometry)
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
         with install(store.paths.pins, window.kind) as kernel:
             for slot in kernel.slots(window.disk, window.start):
@@ -90,31 +114,16 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
             state.slot = kernel.add(window)
             active, retired = kernel.planes(state.slot, window.geometry)
             state.maps = [active.id, retired.id]
-            counts = None
             if account.available(device):
                 counts = account.take(device, kernel.stats_reader(state.slot))
+                account.remember(epoch, state.slot, counts)
     crash.point("begin-attached")
     if window.kind == abi.KIND_BIO:
-        _wait_for_unseen_bios(device)
-    submit, complete = (programs[name].missed for name in _names(window.kind))
-    state.path, state.name, state.wanted = device.path, device.permanent_name, True
-    state.boot_id, state.diskseq = boot_id(), device.diskseq
-    state.size, state.start, state.granularity = device.size, device.start, granularity
-    state.generation, state.began = str(uuid.uuid4()), time.time()
+        wait_for_bios(device)
     state.programs = {name: program.link_id for name, program in programs.items()}
-    words = window.geometry.levels[0]
-    # What links had to ship belongs to the generation before, and may be of another size.
-    for name in ("pending", "shipping"):
-        for path in store.link_files(number, name):
-            path.unlink(missing_ok=True)
-    BitFile(store.run(number) / "settling", words, create=True).close()
-    epoch = Epoch(state.generation, submit_missed=submit, complete_missed=complete)
-    account.remember(epoch, state.slot, counts)
-    store.save_epoch(number, epoch)
-    crash.point("begin-epoch")
-    store.save_device(state)
-    crash.point("begin-recorded")
-    return state
+    epoch.submit_missed, epoch.complete_missed = (
+        programs[name].missed for name in BY_KIND[window.kind]
+    )
 
 
 def end(store: Store, state: DeviceState, reason: str) -> None:
@@ -122,7 +131,7 @@ def end(store: Store, state: DeviceState, reason: str) -> None:
     if state.generation:
         state.doubts.append(Doubt(state.generation, reason, time.time()))
         del state.doubts[:-_KEPT_DOUBTS]
-    state.generation = ""
+    state.generation, state.resting = "", False
     store.save_device(state)
     crash.point("end-recorded")
 
@@ -141,15 +150,6 @@ def detach(store: Store, state: DeviceState) -> None:
             return
 
 
-def _names(kind: int) -> tuple[str, str]:
-    """The submission and the completion program for a kind of device."""
-    return (
-        ("blk_rq_issue", "blk_rq_complete")
-        if kind == abi.KIND_REQUEST
-        else ("blk_bio_queue", "blk_bio_complete")
-    )
-
-
 def _refuse_rw_page(device: BlockDevice) -> None:
     btf = Btf()
     try:
@@ -162,7 +162,7 @@ def _refuse_rw_page(device: BlockDevice) -> None:
         btf.close()
 
 
-def _wait_for_unseen_bios(device: BlockDevice) -> None:
+def wait_for_bios(device: BlockDevice) -> None:
     """Let bios end that were queued before the programs were there: no event tells their range."""
     deadline = time.monotonic() + _DRAIN_SECONDS
     while device.in_flight:

@@ -8,24 +8,14 @@ leaves the old one in force, and the next command does all of this again.
 from __future__ import annotations
 
 from blktrack import bitmap, crash, durable
-from blktrack.state import BitFile, DeviceState, Store
-from blktrack.sysfs import BlockDevice
+from blktrack.bitfile import BitFile
 from blktrack.tracker import account
 from blktrack.tracker.generation import check_memory, window_of
 from blktrack.tracker.tracking import Tracking
 
 
-def open_tracking(store: Store, state: DeviceState, device: BlockDevice) -> Tracking:
-    """The tracking of a device at its present size, growth dealt with. Gap as Tracking."""
-    tracking = Tracking(store, state, device)
-    if not tracking.grown:
-        return tracking
-    with tracking:
-        _grow(tracking)
-    return Tracking(store, state, device)
-
-
-def _grow(tracking: Tracking) -> None:
+def grow(tracking: Tracking) -> None:
+    """Track all of a device; it has to be opened anew afterwards."""
     store, state, kernel = tracking.store, tracking.state, tracking.kernel
     assert kernel
     window = window_of(tracking.device, tracking.device.size, state.granularity)

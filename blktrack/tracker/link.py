@@ -10,10 +10,11 @@ from typing import Self
 
 import numpy as np
 
-from blktrack import bitmap, linux
+from blktrack import bitmap, crash, linux
+from blktrack.bitfile import BitFile
 from blktrack.bitmap import Words
 from blktrack.extent import ExtentArray
-from blktrack.state import BitFile, LinkState
+from blktrack.state import LinkState
 from blktrack.tracker.tracking import Tracking
 
 
@@ -28,6 +29,7 @@ class LinkSets:
         self.granularity, self.size = tracking.state.granularity, tracking.state.size
         self.granules = tracking.window.geometry.granules
         self.shipping = BitFile(folder / "shipping", tracking.words, create=create)
+        crash.point("sets-half")
         # Made last: drains find a link by this file.
         self.pending = BitFile(folder / "pending", tracking.words, create=create)
 
@@ -35,7 +37,9 @@ class LinkSets:
         """Move what is pending into the set to ship; all that is to be shipped now."""
         if len(self.shipping.nonzero()) or not self._exchange():
             bitmap.or_into(self.shipping.words, self.pending.words, self.pending.nonzero())
+            crash.point("take-added")
             self.pending.clear()
+        crash.point("take-done")
         return self.extents()
 
     def _exchange(self) -> bool:
@@ -50,7 +54,9 @@ class LinkSets:
     def fill(self) -> None:
         """Everything has to be shipped or compared."""
         bitmap.set_range(self.shipping.words, 0, self.granules)
+        crash.point("fill-set")
         self.pending.clear()
+        crash.point("fill-done")
 
     def extents(self) -> ExtentArray:
         words = self.shipping.words

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from contextlib import AbstractContextManager
 
 import numpy as np
 
-from blktrack import bitmap, durable, extent
+from blktrack import bitmap, extent
 from blktrack.bitmap import Words
 from blktrack.device import device_id, source
 from blktrack.errors import NotTracked, Refused, UsageError
@@ -17,15 +16,10 @@ from blktrack.report import DeviceStatus, ExtentsReport, LinkStatus, TrackReport
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import doubt, generation
-from blktrack.tracker.growth import open_tracking
 from blktrack.tracker.link import LinkSets
+from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.tracking import Gap, Tracking
 from blktrack.units import format_size
-
-
-def hold(store: Store, state_id: str, path: str) -> AbstractContextManager[None]:
-    """The device's lock: taken for as long as a swap and merge take, so waiting is the answer."""
-    return durable.lock(store.run(state_id) / "lock", what=f"device {path}", wait=30)
 
 
 def find(store: Store, path: str) -> tuple[DeviceState, BlockDevice]:
@@ -72,10 +66,11 @@ def track(store: Store, path: str, granularity: int | None) -> TrackReport:
 
 def untrack(store: Store, path: str) -> None:
     """Detach. What links had to ship is forgotten, so their next sync will be a resync."""
-    state, _ = _find_any(store, path)
+    state, _ = find_any(store, path)
     with hold(store, state.id, path):
         generation.end(store, state, "it was untracked")
         generation.detach(store, state)
+        store.drop_rest(state.id)
         state.wanted = False
         store.save_device(state)
 
@@ -107,12 +102,12 @@ def status(store: Store, path: str | None) -> list[DeviceStatus]:
     """Every device, or the one named. Doubts found here are recorded like anywhere else."""
     if path is None:
         known = [state for state in store.devices() if state.wanted or state.doubts]
-        return [_status(store, state, _present(state)) for state in known]
-    state, device = _find_any(store, path)
-    return [_status(store, state, device if device and device.size else _present(state))]
+        return [_status(store, state, present(state)) for state in known]
+    state, device = find_any(store, path)
+    return [_status(store, state, device if device and device.size else present(state))]
 
 
-def _find_any(store: Store, path: str) -> tuple[DeviceState, BlockDevice | None]:
+def find_any(store: Store, path: str) -> tuple[DeviceState, BlockDevice | None]:
     """A device by path even if it is away or no longer a fit source."""
     with contextlib.suppress(UsageError):
         device = BlockDevice.find(path)
@@ -143,7 +138,9 @@ def _status(store: Store, state: DeviceState, device: BlockDevice | None) -> Dev
     with hold(store, state.id, state.path), contextlib.ExitStack() as stack:
         state = store.device(state.id) or state
         tracking = None
-        if device is not None:
+        if state.resting:
+            report.state, report.reason = "stopped", "stopped cleanly; blktrack start goes on"
+        elif device is not None:
             try:
                 tracking = stack.enter_context(open_tracking(store, state, device))
             except Gap:
@@ -167,7 +164,7 @@ def _status(store: Store, state: DeviceState, device: BlockDevice | None) -> Dev
     return report
 
 
-def _present(state: DeviceState) -> BlockDevice | None:
+def present(state: DeviceState) -> BlockDevice | None:
     try:
         device = BlockDevice.find(state.path)
     except UsageError:

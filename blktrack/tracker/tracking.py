@@ -1,6 +1,6 @@
 """A tracked device, open: draining its maps into the pending sets of its links.
 
-Open it under the device's lock (`tracker.hold`), which is never held for longer than a swap takes.
+Open it under the device's lock (`opening.hold`), which is never held for longer than a swap takes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Self
 import numpy as np
 
 from blktrack import bitmap, crash
+from blktrack.bitfile import BitFile
 from blktrack.bitmap import Words
 from blktrack.bpf import abi
 from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
 from blktrack.errors import BlktrackError
-from blktrack.state import BitFile, DeviceState, Store
+from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import account, doubt
 from blktrack.tracker.account import Account
@@ -58,6 +59,8 @@ class Tracking:
         self.window = window_of(device, state.size, state.granularity or 4096)
         self.bio = self.window.kind == abi.KIND_BIO
         self.kernel: Kernel | None = None
+        if state.resting:
+            raise Gap(f"{device.path} is stopped", hint="run blktrack start")
         reason = None if state.generation else self._last_reason()
         reason = reason or doubt.of_identity(state, device)
         epoch = store.epoch(state.id)

@@ -11,7 +11,8 @@ from pathlib import Path
 from blktrack.bpf import abi, compile, kernel, layout, libbpf
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.kernel import Kernel
-from blktrack.tracker.tracker import find, hold
+from blktrack.tracker.opening import hold
+from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Tracking
 from blktrack.units import GIB
 from tools.benchmark.figure import Figure, Run, medians

@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from blktrack import bitmap, extent
+from blktrack.bitfile import BitFile
 from blktrack.bpf import planes
 from blktrack.bpf.kernel import Kernel
 from blktrack.config import Paths
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import open_end
-from blktrack.state import BitFile, Store
+from blktrack.state import Store
 from blktrack.tracker.link import LinkSets
-from blktrack.tracker.tracker import find, hold
+from blktrack.tracker.opening import hold
+from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Tracking
 
 Result = dict[str, float]

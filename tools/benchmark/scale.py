@@ -12,7 +12,8 @@ from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
 from blktrack.state import LinkState
 from blktrack.tracker.link import LinkSets
-from blktrack.tracker.tracker import find, hold
+from blktrack.tracker.opening import hold
+from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Tracking
 from blktrack.units import GIB, KIB, MIB
 from tools.benchmark.figure import Figure, medians

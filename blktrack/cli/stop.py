@@ -1,0 +1,30 @@
+"""Stop tracking cleanly at shutdown: a device that nobody uses keeps its generation over the boot,
+with a fingerprint that tells afterwards whether it was touched. Exit code 6 if one is in use: that
+one is tracked on, and is resynced if the host goes down now. For a service unit: it stops all.
+
+  blktrack stop
+  blktrack stop /dev/sdb
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from blktrack.cli.common import add_json, add_quiet, store
+from blktrack.cli.start import exit_code, show
+from blktrack.report import ServiceReport
+from blktrack.tracker import service
+
+_CODES = {"failed": 1, "in use": 6}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", nargs="?", help="only this one")
+    add_json(parser)
+    add_quiet(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    report = ServiceReport(service.stop(store(), args.device))
+    show(report, _CODES, args)
+    return exit_code(report, _CODES)

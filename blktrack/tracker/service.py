@@ -1,0 +1,75 @@
+"""What a service unit does at boot and shutdown, for every tracked device or for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from blktrack.device import check
+from blktrack.errors import BlktrackError
+from blktrack.report import DeviceAction
+from blktrack.state import DeviceState, Store
+from blktrack.sysfs import BlockDevice
+from blktrack.tracker import generation, rest
+from blktrack.tracker.opening import hold, open_tracking
+from blktrack.tracker.tracker import find_any, present
+from blktrack.tracker.tracking import Gap
+from blktrack.use import InUse
+
+Work = Callable[[Store, DeviceState, BlockDevice], DeviceAction]
+
+
+def stop(store: Store, path: str | None) -> list[DeviceAction]:
+    """Put devices that nobody uses to rest; those in use are tracked on until the host is off."""
+    return _each(store, path, _stop)
+
+
+def start(store: Store, path: str | None) -> list[DeviceAction]:
+    """Track on: in the same generation after a clean stop, in a new one after anything else."""
+    return _each(store, path, _start)
+
+
+def _each(store: Store, path: str | None, work: Work) -> list[DeviceAction]:
+    if path is None:
+        wanted = [state for state in store.devices() if state.wanted]
+    else:
+        wanted = [find_any(store, path)[0]]
+    return [_one(store, state, work) for state in wanted]
+
+
+def _one(store: Store, state: DeviceState, work: Work) -> DeviceAction:
+    """One device; that it fails is told, and does not keep the others from their turn."""
+    try:
+        device = present(state)
+        if device is None:
+            return DeviceAction(state.path, "absent", "no device with its identity is there")
+        with hold(store, state.id, state.path):
+            state = store.device(state.id) or state
+            return work(store, state, device)
+    except BlktrackError as error:
+        return DeviceAction(state.path, "failed", str(error))
+
+
+def _stop(store: Store, state: DeviceState, device: BlockDevice) -> DeviceAction:
+    if state.resting:
+        return DeviceAction(device.path, "stopped", "it was already")
+    try:
+        with open_tracking(store, state, device) as tracking:
+            rest.put_to_rest(tracking)
+    except InUse as error:
+        state.in_use = str(error)
+        store.save_device(state)
+        return DeviceAction(device.path, "in use", str(error))
+    except Gap:
+        return DeviceAction(device.path, "gap", state.doubts[-1].reason if state.doubts else "")
+    return DeviceAction(device.path, "stopped", "")
+
+
+def _start(store: Store, state: DeviceState, device: BlockDevice) -> DeviceAction:
+    resting = state.resting
+    try:
+        open_tracking(store, state, device).close()
+    except Gap:
+        check(device)
+        generation.begin(store, device, state.granularity or None)
+        return DeviceAction(device.path, "began", state.doubts[-1].reason if state.doubts else "")
+    return DeviceAction(device.path, "resumed" if resting else "tracking", "")
