@@ -112,6 +112,7 @@ PROBES: dict[str, Probe] = {
     "fuse": fuse,
     "ext4": functools.partial(filesystem, "ext4"),
     "xfs": functools.partial(filesystem, "xfs"),
+    "systemd": functools.partial(tool, "systemd-analyze"),
     **{
         name: functools.partial(tool, name)
         for name in ("blktrace", "fio", "gcc", "rsync", "sfdisk", "sqlite3")

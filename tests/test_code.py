@@ -38,6 +38,7 @@ FLOORS = {
     "fingerprint": 2,
     "state": 2,
     "use": 2,
+    "systemd": 2,
     "ship": 2,
     "ship.copy": 3,
     "ship.worker": 3,

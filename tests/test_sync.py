@@ -351,7 +351,10 @@ def test_a_resync_ships_only_what_differs(lab: Lab) -> None:
     assert refused.code == 3
     assert "rebooted" in refused.err
     done = lab.blktrack("sync", device, replica, "--json", env=boot).json
-    assert (done["mode"], done["reason"]) == ("resync", "the host was rebooted without blktrack stop")
+    assert (done["mode"], done["reason"]) == (
+        "resync",
+        "the host was rebooted without blktrack stop",
+    )
     assert done["bytes_shipped"] == 64 * KIB
     assert lab.blktrack("sync", device, replica, "--json", env=boot).json["mode"] == "nothing"
     assert identical(device, replica)

@@ -20,6 +20,7 @@ dev_packages=(
     gcc            # benchmark: the minimal C program that copying is measured against
     libc6-dev      # its headers
     rsync          # benchmark: what an incremental sync is measured against
+    systemd        # tests: systemd-analyze reads the unit as systemd will
     sqlite3        # demo: the database that is written while it is replicated
     xfsprogs       # tests: mkfs.xfs, xfs_repair
 )

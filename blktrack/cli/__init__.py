@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "compare a replica with its device",
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",
+    "service": "the systemd unit that does both",
 }
 _NEEDS_ROOT = set(COMMANDS) - {"doctor"}
 

@@ -55,6 +55,15 @@ def target(text: str) -> str:
     return os.path.abspath(text)
 
 
+def renew_unit() -> None:
+    """Let an installed service unit know what is tracked now."""
+    from blktrack import systemd
+    from blktrack.tracker.tracker import wanted_devices
+
+    if not os.environ.get("BLKTRACK_ROOT") and systemd.is_installed():  # instances have no unit
+        systemd.install(wanted_devices(store()))
+
+
 def emit(report: Report) -> None:
     json.dump(report.as_json(), sys.stdout)
     sys.stdout.write("\n")

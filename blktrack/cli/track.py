@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from blktrack.cli.common import add_json, add_quiet, emit, size, store
+from blktrack.cli.common import add_json, add_quiet, emit, renew_unit, size, store
 from blktrack.tracker import tracker
 from blktrack.units import format_size
 
@@ -28,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     report = tracker.track(store(), args.device, args.granularity)
+    renew_unit()
     for warning in report.warnings:
         if not args.quiet:
             print(f"blktrack: warning: {warning}", file=sys.stderr)

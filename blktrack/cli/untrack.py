@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from blktrack.cli.common import add_quiet, store
+from blktrack.cli.common import add_quiet, renew_unit, store
 from blktrack.tracker import tracker
 
 
@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     tracker.untrack(store(), args.device)
+    renew_unit()
     if not args.quiet:
         print(f"{args.device}: no longer tracked")
     return 0

@@ -107,6 +107,12 @@ def status(store: Store, path: str | None) -> list[DeviceStatus]:
     return [_status(store, state, device if device and device.size else present(state))]
 
 
+def wanted_devices(store: Store) -> list[BlockDevice]:
+    """Every tracked device that is there."""
+    found = [present(state) for state in store.devices() if state.wanted]
+    return [device for device in found if device]
+
+
 def find_any(store: Store, path: str) -> tuple[DeviceState, BlockDevice | None]:
     """A device by path even if it is away or no longer a fit source."""
     with contextlib.suppress(UsageError):

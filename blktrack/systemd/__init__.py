@@ -1,0 +1,107 @@
+"""The service unit: tracking begins before mounts and ends after them, at every boot.
+
+systemd orders a mount after `blockdev@NAME.target` of the name that its unit, or fstab, gives the
+device (systemd.special(7)). A drop-in therefore puts the service before that target for every name
+that a tracked device, or a partition of a tracked disk, is known by.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from blktrack import durable
+from blktrack.errors import BlktrackError
+from blktrack.sysfs import BlockDevice
+
+UNIT = "blktrack.service"
+WHERE = Path("/etc/systemd/system")
+_DEV = Path("/dev")
+
+
+def unit() -> str:
+    """The unit's text, with the path of this installation's command."""
+    command = Path(sys.argv[0]).resolve()
+    if command.name != "blktrack":
+        command = Path(sys.executable).with_name("blktrack")
+    text = Path(__file__).with_name(UNIT).read_text(encoding="utf-8")
+    return text.replace("@BLKTRACK@", str(command))
+
+
+def ordering(devices: Iterable[BlockDevice]) -> str:
+    """The drop-in for these devices: wait for each, be done before anything uses it."""
+    lines = ["[Unit]"]
+    for device in devices:
+        own = escaped(".device", [f"/dev/{device.name}"])
+        parts = {part.name for part in (device, *device.partitions)}
+        targets = escaped("", names(parts))
+        lines.append(f"# {device.path}")
+        lines += [f"{word}={name}" for name in own for word in ("Wants", "After")]
+        lines += [f"{word}={name}" for name in targets for word in ("Wants", "Before")]
+    return "\n".join(lines) + "\n"
+
+
+def names(kernel_names: set[str]) -> list[str]:
+    """Every path below /dev that leads to one of these devices."""
+    found = {f"/dev/{name.replace('!', '/')}" for name in kernel_names}
+    for folder, _, files in os.walk(_DEV):
+        for file in files:
+            path = Path(folder, file)
+            if path.is_symlink() and Path(os.path.realpath(path)).name in kernel_names:
+                found.add(str(path))
+    return sorted(found)
+
+
+def escaped(suffix: str, paths: list[str]) -> list[str]:
+    """As unit names: of the devices with a suffix, without one of their blockdev targets."""
+    kind = ["--suffix", suffix.lstrip(".")] if suffix else ["--template", "blockdev@.target"]
+    return _run("systemd-escape", "--path", *kind, *paths).split()
+
+
+def install(devices: Iterable[BlockDevice], where: Path = WHERE) -> list[Path]:
+    """Write unit and drop-in, and have them used from the next boot on. The files written."""
+    found = [where / UNIT, where / f"{UNIT}.d" / "devices.conf"]
+    for path, text in zip(found, (unit(), ordering(devices)), strict=True):
+        durable.write_bytes(path, text.encode())
+        path.chmod(0o644)
+    if where == WHERE:
+        _run("systemctl", "enable", "--quiet", UNIT)
+        _reload()
+    return found
+
+
+def is_installed(where: Path = WHERE) -> bool:
+    return (where / UNIT).exists()
+
+
+def remove(where: Path = WHERE) -> None:
+    """Take unit and drop-in away."""
+    if where == WHERE and is_installed():
+        _run("systemctl", "disable", "--quiet", UNIT)
+    (where / UNIT).unlink(missing_ok=True)
+    shutil.rmtree(where / f"{UNIT}.d", ignore_errors=True)
+    if where == WHERE:
+        _reload()
+
+
+def _reload() -> None:
+    """A manager that runs reads the files again; in a chroot or an image none does."""
+    if Path("/run/systemd/system").is_dir():  # sd_booted(3)
+        _run("systemctl", "daemon-reload")
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise BlktrackError(
+            f"{command[0]} is missing: this host does not use systemd",
+            hint="run blktrack start before file systems are mounted, stop after",
+        ) from error
+    if done.returncode:
+        raise BlktrackError(f"{' '.join(command[:3])} failed: {done.stderr.strip()}")
+    return done.stdout
