@@ -17,6 +17,14 @@ class Report:
 
 
 @dataclass
+class Past(Report):
+    """A doubt and when it was found."""
+
+    reason: str
+    time: float
+
+
+@dataclass
 class LinkStatus(Report):
     target: str
     name: str
@@ -27,6 +35,7 @@ class LinkStatus(Report):
     pending_bytes: int | None  # None: not known, the device is away or has a gap
     state: str  # initial, ready, resync
     reason: str  # why a resync is due
+    resyncs: list[Past] = field(default_factory=list)  # reason and time, newest first
 
 
 @dataclass
@@ -43,7 +52,7 @@ class DeviceStatus(Report):
     written_bytes: int  # since the generation began
     writes: int
     losses: int  # marks that were lost, of any kind
-    doubts: list[dict[str, Any]] = field(default_factory=list)
+    doubts: list[Past] = field(default_factory=list)
     links: list[LinkStatus] = field(default_factory=list)
 
 

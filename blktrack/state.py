@@ -23,6 +23,7 @@ only added, or cleared after they have a safer home, so a process may die betwee
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,17 +34,24 @@ from blktrack.errors import BlktrackError
 from blktrack.point import Point
 
 _FORMAT = 1
+_KEPT_DOUBTS = 20
 
 T = TypeVar("T")
 
 
 @dataclass
 class Doubt:
-    """Why a generation ended."""
+    """Why a generation ended, or a replica had to be compared."""
 
     generation: str
     reason: str
     time: float
+
+    @staticmethod
+    def add(doubts: list[Doubt], generation: str, reason: str) -> None:
+        """Put one on record; the oldest are forgotten."""
+        doubts.append(Doubt(generation, reason, time.time()))
+        del doubts[:-_KEPT_DOUBTS]
 
 
 @dataclass
@@ -55,6 +63,7 @@ class DeviceState:
     name: str  # permanent name, "" if it has none
     wanted: bool = True  # False after untrack
     boot_id: str = ""
+    release: str = ""  # of the kernel: the programs are made for one
     diskseq: int = 0
     size: int = 0
     start: int = 0
@@ -93,6 +102,7 @@ class LinkState:
     phase: str = ""  # "initial" or "resync" while one is under way
     filled: str = ""  # generation in which `shipping` was filled for that phase
     reason: str = ""  # why a resync
+    doubts: list[Doubt] = field(default_factory=list)  # of the replica, newest last
 
 
 @dataclass
@@ -158,6 +168,7 @@ class Store:
         if raw is None:
             return None
         link = _known(LinkState, raw)
+        link.doubts = [_known(Doubt, doubt) for doubt in raw.get("doubts", [])]
         link.cursor = _known(Point, raw["cursor"]) if raw.get("cursor") else None
         return link
 

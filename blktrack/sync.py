@@ -25,12 +25,13 @@ from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import open_end
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
-from blktrack.state import DeviceState, LinkState, Store
+from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold, open_tracking
-from blktrack.tracker.tracker import find, resync_reason
+from blktrack.tracker.status import resync_reason
+from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Gap, Swap, Tracking
 from blktrack.units import format_size
 
@@ -168,6 +169,8 @@ class _Round:
                     extents = sets.extents()
                     link.phase, link.filled = mode, tracking.state.generation
                     link.reason = reason
+                    if mode == "resync":
+                        Doubt.add(link.doubts, link.filled, reason)
                     self.store.save_link(self.number, link)
                     crash.point("fill-recorded")
         if mode == "incremental" and not len(extents):

@@ -32,7 +32,7 @@ from blktrack.config import Paths
 from blktrack.extent import ExtentArray
 from blktrack.report import SyncReport
 from blktrack.state import DeviceState, LinkState, Store
-from blktrack.tracker import tracker
+from blktrack.tracker import status, tracker
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.tracking import Tracking
@@ -204,7 +204,7 @@ class Lab:
         return sync.sync(self.store, device, str(target), sync.Options(), Silent())[0]
 
     def status(self, device: str) -> dict[str, Any]:
-        (found,) = tracker.status(self.store, device)
+        (found,) = status.status(self.store, device)
         return found.as_json()
 
     def track(self, device: str, granularity: int | None = None) -> Watch:

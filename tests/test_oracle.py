@@ -26,7 +26,7 @@ from blktrack.bpf.planes import Planes
 from blktrack.extent import ExtentArray, empty, total
 from blktrack.report import SyncReport
 from blktrack.sysfs import BlockDevice
-from blktrack.tracker import tracker
+from blktrack.tracker import status
 from blktrack.tracker.link import LinkSets
 from blktrack.units import KIB, MIB, SECTOR, format_size
 from tests import sectors
@@ -114,7 +114,7 @@ def cover(lab: Lab, seed: int, kind: str, epochs: str, count: int = 60) -> None:
         else:
             work()
         after = read_image(device)
-        listed = tracker.extents(lab.store, device, None).extents
+        listed = status.extents(lab.store, device, None).extents
         look = watch.look()
         assert listed == look.completed.tolist()
         tracked = look.drained

@@ -362,12 +362,12 @@ def test_life_of_a_file(store: Store) -> None:
         assert file.stat().st_blocks == 0
         assert file.stat().st_mode & 0o777 == 0o600
     assert list(file.parent.iterdir()) == [], "what was not begun leaves nothing"
-    assert inspect(str(file), store.paths) is None
+    assert inspect(str(file), store.paths)[0] is None
 
     with store.open(file) as replica:
         replica.begin(State.UNFINISHED, "g")
         replica.end.write(memoryview(b"half a copy"), 0)
-    record = inspect(str(file), store.paths)
+    record = inspect(str(file), store.paths)[0]
     assert record is not None
     assert (record.state, record.point, record.link) == (State.UNFINISHED, None, "link-1")
     assert (record.source.device, record.source.size) == (str(store.source_path), SIZE)
@@ -391,7 +391,7 @@ def test_life_of_a_file(store: Store) -> None:
         assert replica.changed == ""
         replica.begin(State.APPLYING, "g")
         replica.commit(NEXT)
-    record = inspect(str(file), store.paths)
+    record = inspect(str(file), store.paths)[0]
     assert record is not None and record.point == NEXT
     # A link that is not known here goes on as the replica knows it, but with a doubt.
     with store.open(file, link=None) as replica:
@@ -406,9 +406,9 @@ def test_life_of_a_device(store: Store) -> None:
     device = store.disks.loop(SIZE + MIB)
     with store.open(device) as replica:
         assert (replica.record, replica.blank) == (None, False)
-    assert inspect(str(device), store.paths) is None
+    assert inspect(str(device), store.paths)[0] is None
     store.make(device)
-    record = inspect(str(device), store.paths)
+    record = inspect(str(device), store.paths)[0]
     assert record is not None and record.point == POINT
     assert list((store.paths.lib / "replicas").glob("*/replica.json"))
     assert store.changed(device) == ""

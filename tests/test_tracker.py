@@ -19,7 +19,7 @@ from blktrack.bpf import abi, kernel, libbpf
 from blktrack.bpf.planes import Geometry, Planes, possible_cpus
 from blktrack.errors import BlktrackError
 from blktrack.state import Store
-from blktrack.tracker import account, tracker
+from blktrack.tracker import account, status
 from blktrack.tracker.tracking import Gap
 from blktrack.units import GIB, KIB, MIB, SECTOR
 from tests import sectors
@@ -405,7 +405,7 @@ def test_a_drain_that_died_loses_nothing(
         with pytest.raises(Death):
             one.drain()
     write(device, 2 * MIB)
-    listed = tracker.extents(shared.store, device, None)
+    listed = status.extents(shared.store, device, None)
     assert {(2 * MIB, 4 * KIB)} <= set(pairs(listed.extents))
     expected = [(MIB, 4 * KIB), (2 * MIB, 4 * KIB)]
     assert pairs(one.take()) == expected

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from blktrack.cli.common import add_json, emit, store
-from blktrack.tracker import tracker
+from blktrack.tracker import status
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = tracker.extents(store(), args.device, args.target)
+    report = status.extents(store(), args.device, args.target)
     if args.json:
         emit(report)
     else:

@@ -10,7 +10,7 @@ import argparse
 
 from blktrack.cli.common import add_json, emit, instant, store
 from blktrack.report import DeviceStatus, LinkStatus, StatusReport
-from blktrack.tracker import tracker
+from blktrack.tracker.status import status
 from blktrack.units import format_duration, format_size
 
 
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = StatusReport(tracker.status(store(), args.device))
+    report = StatusReport(status(store(), args.device))
     if args.json:
         emit(report)
     elif not report.devices:
@@ -46,7 +46,7 @@ def _device(device: DeviceStatus) -> str:
         )
     for number, doubt in enumerate(device.doubts[:3]):
         label = "doubts" if number == 0 else ""
-        lines.append(f"  {label:8}  {instant(doubt['time'])}  {doubt['reason']}")
+        lines.append(f"  {label:8}  {instant(doubt.time)}  {doubt.reason}")
     lines += [_link(link) for link in device.links]
     if not device.links:
         lines.append("  no replica yet; blktrack sync DEVICE TARGET makes one")
@@ -63,4 +63,6 @@ def _link(link: LinkStatus) -> str:
         text += f", {format_size(link.pending_bytes)} pending"
     if link.reason:
         text += f"\n     {link.reason}"
+    for past in link.resyncs[:1]:
+        text += f"\n     last resync {instant(past.time)}: {past.reason}"
     return text

@@ -68,17 +68,14 @@ class Seal:
     boot: str  # where identity and changes mean something; "" if at any time
 
     @classmethod
-    def of_device(cls, end: Endpoint, device: BlockDevice, *, digest: bool) -> Self:
+    def of_device(cls, device: BlockDevice, digest: str) -> Self:
         counts = (device.sys / "stat").read_text().split()
         changes = f"{counts[6]}+{counts[13] if len(counts) > 13 else 0}"
-        sum_ = edges(end) if digest else ""
-        return cls(end.size, sum_, str(device.diskseq), changes, boot_id())
+        return cls(device.size, digest, str(device.diskseq), changes, boot_id())
 
     @classmethod
-    def of_file(cls, end: Endpoint, fd: int, *, digest: bool) -> Self:
-        info = os.fstat(fd)
-        sum_ = edges(end) if digest else ""
-        return cls(info.st_size, sum_, str(info.st_ino), str(info.st_mtime_ns), "")
+    def of_file(cls, info: os.stat_result, digest: str) -> Self:
+        return cls(info.st_size, digest, str(info.st_ino), str(info.st_mtime_ns), "")
 
     def is_other(self, now: Seal) -> bool:
         """Whether `now` is of another device or file, as far as can be told."""

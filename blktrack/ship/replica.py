@@ -31,7 +31,7 @@ from blktrack.errors import Refused
 from blktrack.point import Point
 from blktrack.ship.claim import open_device, open_file
 from blktrack.ship.endpoint import Endpoint, FileEnd
-from blktrack.ship.record import Origin, Record, Seal, State
+from blktrack.ship.record import Origin, Record, Seal, State, edges
 from blktrack.ship.target import Signature, Target, check, signature
 from blktrack.sysfs import BlockDevice, boot_id
 
@@ -157,10 +157,11 @@ class Replica:
                 os.unlink(self.target.path)
 
     def _seal(self, *, digest: bool) -> Seal:
+        sum_ = edges(self.end) if digest else ""
         if isinstance(self.end, FileEnd):
-            return Seal.of_file(self.end, self.end.fileno(), digest=digest)
+            return Seal.of_file(os.fstat(self.end.fileno()), sum_)
         assert self.target.device is not None
-        return Seal.of_device(self.end, self.target.device, digest=digest)
+        return Seal.of_device(self.target.device, sum_)
 
     def _judge(self, link: str | None, *, force: bool, writable: bool) -> None:
         """Whose it is, and whether it is as it was left. Refused if it is not ours to write."""
@@ -228,9 +229,20 @@ class Replica:
             )
 
 
-def inspect(name: str, paths: Paths) -> Record | None:
-    """The record of a target, None if it has none. Opens and locks nothing."""
-    return Record.read(_folder(Target.find(name), paths) / RECORD)
+def inspect(name: str, paths: Paths) -> tuple[Record | None, str]:
+    """The record of a target, None if it has none, and what seems to have happened to it since.
+
+    Opens and locks nothing, and so sees no more than sizes, times and counters.
+    """
+    target = Target.find(name)
+    record = Record.read(_folder(target, paths) / RECORD)
+    if record is None:
+        return None, "" if target.exists else "it is gone"
+    if not target.exists:
+        return record, "it is gone"
+    if target.device is not None:
+        return record, record.changed(Seal.of_device(target.device, record.seal.digest))
+    return record, record.changed(Seal.of_file(os.stat(target.path), record.seal.digest))
 
 
 def _folder(target: Target, paths: Paths) -> Path:

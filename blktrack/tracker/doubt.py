@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from blktrack.bpf.kernel import Kernel, Program
 from blktrack.state import DeviceState, Epoch
 from blktrack.sysfs import BlockDevice, boot_id
@@ -18,10 +20,14 @@ LOSSES = {
 
 def of_identity(state: DeviceState, device: BlockDevice) -> str | None:
     """Is it still the device, in the boot, that tracking began on? It may have grown."""
+    release = os.uname().release
+    other = f" into Linux {release} (was {state.release})" if state.release != release else ""
     if state.boot_id != boot_id():
         if state.in_use:
-            return f"the host was rebooted and had not stopped cleanly: {state.in_use}"
-        return "the host was rebooted without blktrack stop"
+            return f"the host was rebooted{other} and had not stopped cleanly: {state.in_use}"
+        return f"the host was rebooted{other} without blktrack stop"
+    if other:
+        return f"the kernel changed{other}"
     if state.diskseq != device.diskseq:
         return f"the device was re-created (sequence {device.diskseq}, was {state.diskseq})"
     if state.start != device.start:

@@ -7,6 +7,7 @@ between the slot and the record: the slot belongs to nobody and the next beginni
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 
@@ -25,7 +26,6 @@ from blktrack.tracker import account
 from blktrack.units import KIB, MIB, format_size
 
 MAP_BUDGET = 32 * MIB  # kernel memory for the dirty maps of one device, by default
-_KEPT_DOUBTS = 20
 _DRAIN_SECONDS = 30.0
 
 
@@ -80,7 +80,7 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
     epoch = Epoch(str(uuid.uuid4()))
     occupy(store, state, device, window, epoch)
     state.path, state.name, state.wanted = device.path, device.permanent_name, True
-    state.boot_id, state.diskseq = boot_id(), device.diskseq
+    state.boot_id, state.release, state.diskseq = boot_id(), os.uname().release, device.diskseq
     state.size, state.start, state.granularity = device.size, device.start, granularity
     state.generation, state.began, state.in_use = epoch.generation, time.time(), ""
     # What links had to ship belongs to the generation before, and may be of another size.
@@ -129,8 +129,7 @@ def occupy(
 def end(store: Store, state: DeviceState, reason: str) -> None:
     """Record a doubt: the generation is over, and every link of the device needs one resync."""
     if state.generation:
-        state.doubts.append(Doubt(state.generation, reason, time.time()))
-        del state.doubts[:-_KEPT_DOUBTS]
+        Doubt.add(state.doubts, state.generation, reason)
     state.generation, state.resting = "", False
     store.save_device(state)
     crash.point("end-recorded")

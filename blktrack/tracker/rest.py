@@ -9,6 +9,7 @@ away; in a boot without blktrack, the fingerprint.
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
     BitFile(store.run(state.id) / "settling", words, create=True).close()
     store.save_epoch(state.id, epoch)
     crash.point("start-restored")
-    state.resting, state.boot_id, state.diskseq = False, boot_id(), device.diskseq
+    state.resting, state.diskseq = False, device.diskseq
+    state.boot_id, state.release = boot_id(), os.uname().release
     store.save_device(state)
     crash.point("start-recorded")
     store.drop_rest(state.id)

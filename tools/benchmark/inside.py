@@ -9,7 +9,9 @@ A sync is a fresh process, so each run is one too: nothing is warm that would no
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from blktrack import bitmap, extent
+from blktrack import bitmap, extent, linux
 from blktrack.bitfile import BitFile
 from blktrack.bpf import planes
 from blktrack.bpf.kernel import Kernel
@@ -29,6 +31,7 @@ from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold
 from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Tracking
+from blktrack.units import MIB
 
 Result = dict[str, float]
 
@@ -89,6 +92,19 @@ def drain(path: str) -> Result:
     }
 
 
+def digest(path: str) -> Result:
+    """Read all of a device once, into a digest."""
+    sum_, buffer = hashlib.sha256(), linux.Buffer(4 * MIB)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        for at in range(0, linux.device_size(fd), buffer.size):
+            got = os.preadv(fd, [buffer.view], at)
+            sum_.update(buffer.view[:got])
+    finally:
+        os.close(fd)
+    return {"first": sum_.digest()[0]}
+
+
 def _time(owner: Any, name: str, parts: Result, part: str) -> None:
     """Add the milliseconds that calls of a function take to `part`."""
     function: Callable[..., Any] = getattr(owner, name)
@@ -107,6 +123,8 @@ def _time(owner: Any, name: str, parts: Result, part: str) -> None:
 def main(words: list[str]) -> None:
     if words[0] == "copy":
         result = copy_phase(words[1], words[2], int(words[3]))
+    elif words[0] == "digest":
+        result = digest(words[1])
     else:
         result = drain(words[1])
     json.dump(result, sys.stdout)

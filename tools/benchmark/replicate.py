@@ -12,7 +12,7 @@ from blktrack.units import GIB, KIB, MIB
 from tools.benchmark.figure import Figure, Run, medians
 from tools.benchmark.lab import BLKTRACK, BLOCK, HERE, Disk, Failed, Lab, blktrack, run, same, timed
 
-NAMES = ("initial", "sync", "memory", "copy")
+NAMES = ("initial", "sync", "memory", "copy", "resync")
 SIZE = 4 * GIB
 BLOCKS = SIZE // 100 // BLOCK  # 1 %
 _SYNC = "64 KiB blocks at random places changed, 1 % of 4 GiB; loop devices in memory"
@@ -28,6 +28,8 @@ def measure(lab: Lab, wanted: set[str], *, quick: bool) -> Iterator[Figure]:
             yield from (figure for figure in (speed, memory) if figure.name in wanted)
         if "copy" in wanted:
             yield _copy_phase(lab, source, replica, rounds=5 if quick else 15)
+        if "resync" in wanted:
+            yield _resync(lab, source, replica, rounds=2 if quick else 5)
 
 
 def increment(lab: Lab, source: Disk, replica: Disk) -> Run:
@@ -148,3 +150,35 @@ def _ours(source: Disk, replica: Disk, lines: str) -> tuple[str, str]:
     inside = (sys.executable, "-m", "tools.benchmark.inside", "copy")
     done = json.loads(run(*inside, source.path, replica.path, str(4 * KIB), text=lines))
     return str(done["seconds"]), str(int(done["bytes"]))
+
+
+def _resync(lab: Lab, source: Disk, replica: Disk, *, rounds: int) -> Figure:
+    figure = Figure(
+        "resync",
+        "resync of 4 GiB of which 1 % differs / reading source or replica once with digests: time",
+        at_most=1.3,
+        note="64 KiB blocks of the replica changed behind its back, `blktrack sync --quiet`, start "
+        "of the process to exit, against the slower of two runs of a process that reads source or "
+        "replica with direct I/O, 4 MiB at a time, into SHA-256; `shipped` is what one resync "
+        "wrote, in percent of the pair",
+    )
+    for number in range(rounds):
+        seconds = {}
+        for name in order(["resync", "source", "replica"], number):
+            if name == "resync":
+                lab.change(replica, BLOCKS)
+                seconds[name] = timed(BLKTRACK, "sync", source.path, replica.path, "--quiet")[
+                    "seconds"
+                ]
+                same(source, replica)
+            else:
+                disk = source if name == "source" else replica
+                inside = (sys.executable, "-m", "tools.benchmark.inside", "digest", disk.path)
+                seconds[name] = timed(*inside)["seconds"]
+        figure.values.append(seconds["resync"] / max(seconds["source"], seconds["replica"]))
+        figure.runs.append({f"{name}_seconds": value for name, value in seconds.items()})
+    lab.change(replica, BLOCKS)
+    done = json.loads(run(BLKTRACK, "sync", source.path, replica.path, "--json"))
+    figure.parts = medians(figure.runs)
+    figure.parts["shipped_percent"] = round(100 * done["bytes_shipped"] / SIZE, 2)
+    return figure
