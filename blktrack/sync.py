@@ -226,7 +226,7 @@ class _Round:
             return "resync", "the replica was made by a link that is not known here"
         if reason := resync_reason(state, self.link):
             return "resync", reason
-        if record.point != self.link.cursor:
+        if record.lacks(self.link.cursor):
             return "resync", "the replica is not at the point that it was brought to"
         return "incremental", ""
 

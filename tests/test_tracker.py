@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -241,6 +242,11 @@ class Target:
     def reboot(self) -> None:
         self.monkeypatch.setenv("BLKTRACK_BOOT_ID", "another")
 
+    def another_kernel(self) -> None:
+        state = self.watch.state
+        state.release = "5.14.0-old"
+        self.lab.store.save_device(state)
+
     def re_create(self) -> None:
         detach(self.disk, self.file)
         run("losetup", "--partscan", self.disk, self.file)
@@ -264,6 +270,7 @@ BREAKS: list[tuple[Callable[[Target], None], str]] = [
     (Target.give_slot_away, "detached and attached anew"),
     (Target.lose_state, "its state in"),
     (Target.reboot, "the host was rebooted"),
+    (Target.another_kernel, "the kernel changed into Linux"),
     (Target.re_create, "the device was re-created"),
     (Target.shrink, "the device shrank from 16 MiB to 12 MiB"),
     (Target.move, f"the partition was moved from byte {4 * MIB} to {5 * MIB}"),
@@ -308,6 +315,34 @@ def test_a_gap_is_named_and_closed_by_one_resync(
     write(device, 2 * MIB)
     assert lab.sync(device, replica).mode == "incremental"
     assert not sectors.faults(read_image(device), read_image(replica))
+
+
+def test_bpffs_unmounted_under_it(lab: Lab) -> None:
+    """In a mount namespace of its own, where the pins are out of sight; a new bpffs is mounted."""
+    device, replica = lab.loop(16 * MIB), lab.name("replica")
+    fill(device)
+    lab.track(device)
+    lab.sync(device, replica)
+    write(device, MIB)
+    blktrack = f"{sys.executable} -m blktrack"
+    script = f"""
+        set -e
+        cd {TOP}
+        umount --lazy /sys/fs/bpf
+        {blktrack} status {device}
+        {blktrack} sync {device} {replica} --json
+        {blktrack} sync {device} {replica} --json
+        umount --lazy /sys/fs/bpf
+    """
+    out = run("unshare", "--mount", "sh", "-c", script).splitlines()
+    assert "the tracking maps are gone" in out[1]
+    assert [json.loads(line)["mode"] for line in out[-2:]] == ["resync", "nothing"]
+    assert not sectors.faults(read_image(device), read_image(replica))
+    # Out here the old maps are still pinned, but they are not what it is tracked by any more.
+    found = lab.status(device)
+    assert found["state"] == "gap"
+    assert lab.sync(device, replica).mode == "resync"
+    assert lab.sync(device, replica).mode == "nothing"
 
 
 def test_track_closes_a_gap(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

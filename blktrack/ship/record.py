@@ -116,6 +116,11 @@ class Record:
     point: Point | None  # while APPLYING the one that is being left
     seal: Seal
 
+    def lacks(self, point: Point) -> bool:
+        """Whether the replica was never brought to this point, or went back behind it."""
+        own = self.point
+        return own is None or own.generation != point.generation or own.epoch < point.epoch
+
     def changed(self, now: Seal) -> str:
         """What happened to the replica since this was written: a clause, "" if nothing is seen."""
         seal = self.seal

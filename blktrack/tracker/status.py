@@ -10,6 +10,7 @@ import numpy as np
 from blktrack import bitmap, extent
 from blktrack.bitmap import Words
 from blktrack.errors import BlktrackError, UsageError
+from blktrack.point import Point
 from blktrack.report import DeviceStatus, ExtentsReport, LinkStatus, Past
 from blktrack.ship.replica import inspect
 from blktrack.state import DeviceState, Doubt, LinkState, Store
@@ -106,8 +107,8 @@ def _link_status(
 ) -> LinkStatus:
     cursor = link.cursor
     reason = resync_reason(state, link)
-    if not reason and cursor is not None and (change := _change(store, link)):
-        reason = f"the replica is not as it was left: {change}"
+    if not reason and cursor is not None:
+        reason = _change(store, link, cursor)
     pending = None
     if tracking is not None and live is not None:
         found = _pending(tracking, link, live)
@@ -126,12 +127,17 @@ def _link_status(
     )
 
 
-def _change(store: Store, link: LinkState) -> str:
+def _change(store: Store, link: LinkState, cursor: Point) -> str:
     """What seems to have happened to the replica since its last sync."""
     try:
-        return inspect(link.target, store.paths)[1]
+        record, change = inspect(link.target, store.paths)
     except BlktrackError as error:
         return str(error)
+    if change:
+        return f"the replica is not as it was left: {change}"
+    if record is None or record.lacks(cursor):
+        return "the replica is not at the point that it was brought to"
+    return ""
 
 
 def resync_reason(state: DeviceState, link: LinkState) -> str:

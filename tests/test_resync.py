@@ -1,0 +1,162 @@
+"""Replicas that are not as they were left, and the resync that mends them: one, and no more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blktrack.units import KIB, MIB
+from tests import sectors
+from tests.blockdev import Lab, read_image, run, wait_until, write_direct
+from tests.test_oracle import fill
+from tests.test_sync import start
+
+pytestmark = pytest.mark.needs("root", "loop", "bpf")
+SIZE = 32 * MIB
+
+
+class Pair:
+    """A tracked source, and a replica file and a replica device that are in step with it."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.source, self.file, self.device = lab.loop(SIZE), lab.name("replica"), lab.loop(SIZE)
+        fill(self.source)
+        lab.track(self.source)
+        for target in (self.file, self.device):
+            lab.sync(self.source, target)
+        self._kept = lab.name("kept")
+
+    def change(self, offset: int, number: int = 1) -> None:
+        write_direct(self.source, offset, sectors.make(offset, 4 * KIB, number))
+
+    def keep(self) -> None:
+        shutil.copytree(f"{self.file}.blktrack", f"{self._kept}.blktrack")
+        shutil.copy2(self.file, self._kept)
+
+    def roll_back(self) -> None:
+        """As a snapshot of the replica's file system that was restored would."""
+        self.keep()
+        self.change(MIB)
+        self.lab.sync(self.source, self.file)
+        shutil.copytree(f"{self._kept}.blktrack", f"{self.file}.blktrack", dirs_exist_ok=True)
+        shutil.copy2(self._kept, self.file)
+
+    def write_file(self) -> None:
+        with self.file.open("r+b") as replica:
+            replica.seek(5 * MIB)
+            replica.write(b"not ours")
+
+    def write_device(self) -> None:
+        write_direct(self.device, 5 * MIB, bytes(4 * KIB))
+
+    def replace(self) -> None:
+        """By a copy in which a block is another: the place is the same, the file is not."""
+        other = self.lab.name("other")
+        shutil.copy2(self.file, other)
+        with other.open("r+b") as copy:
+            copy.seek(9 * MIB)
+            copy.write(bytes(4 * KIB))
+        other.replace(self.file)
+
+    def shorten(self) -> None:
+        os.truncate(self.file, SIZE - MIB)
+
+
+CASES: list[tuple[Callable[[Pair], None], str]] = [
+    (Pair.roll_back, "not at the point that it was brought to"),
+    (Pair.write_file, "it was written to by something else"),
+    (Pair.write_device, "it was written to by something else"),
+    (Pair.replace, "it was replaced"),
+    (Pair.shorten, "its size went from"),
+]
+
+
+@pytest.mark.parametrize(("happen", "reason"), CASES, ids=[work.__name__ for work, _ in CASES])
+def test_what_happens_to_a_replica_is_named_and_mended_by_one_resync(
+    shared: Lab, happen: Callable[[Pair], None], reason: str
+) -> None:
+    pair = Pair(shared)
+    target = pair.device if happen is Pair.write_device else str(pair.file)
+    happen(pair)
+
+    def told() -> dict[str, object]:
+        links = shared.status(pair.source)["links"]
+        (found,) = [link for link in links if link["target"] == target]
+        return dict(found)
+
+    found = told()
+    assert found["state"] == "resync"
+    assert reason in str(found["reason"])
+    refused = shared.blktrack("sync", pair.source, target, "--no-resync")
+    assert refused.code == 3
+    assert reason in refused.err
+    done = shared.sync(pair.source, target)
+    assert done.mode == "resync"
+    assert reason in done.reason
+    assert not sectors.faults(read_image(pair.source), read_image(target))
+    found = told()
+    assert (found["state"], found["reason"]) == ("ready", "")
+    assert len(found["resyncs"]) == 1  # type: ignore[arg-type]
+    assert reason in str(found["resyncs"])
+    pair.change(2 * MIB, 7)
+    assert shared.sync(pair.source, target).mode == "incremental"
+    assert not sectors.faults(read_image(pair.source), read_image(target))
+    assert not shared.status(pair.source)["doubts"], "the source is beyond doubt"
+
+
+def test_a_resync_goes_on_where_it_stopped(shared: Lab) -> None:
+    """And what is written meanwhile is pending, in what was compared as in what was not."""
+    pair = Pair(shared)
+    for offset in (3 * MIB, 30 * MIB):
+        with pair.file.open("r+b") as replica:
+            replica.seek(offset)
+            replica.write(bytes(4 * KIB))
+    running = start(shared, "sync", pair.source, pair.file, "--limit", "8M")
+    with pair.file.open("rb") as image:
+
+        def mended() -> bool:
+            return os.pread(image.fileno(), 512, 3 * MIB) != bytes(512)
+
+        wait_until(mended, "the first of two differences to be mended")
+    pair.change(MIB, 8)
+    pair.change(31 * MIB, 9)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "resync" in err
+    (link,) = [
+        link for link in shared.status(pair.source)["links"] if link["target"] == str(pair.file)
+    ]
+    assert link["state"] == "resync"
+    assert 0 < link["pending_bytes"] < SIZE
+    done = shared.sync(pair.source, pair.file)
+    assert done.mode == "resync"
+    assert 0 < done.bytes_changed < SIZE - 2 * MIB
+    assert done.bytes_shipped >= 8 * KIB
+    assert not sectors.faults(read_image(pair.source), read_image(pair.file))
+    assert shared.sync(pair.source, pair.file).mode == "nothing"
+
+
+def test_a_resync_ships_what_differs_and_no_more(shared: Lab) -> None:
+    pair = Pair(shared)
+    run("dd", "if=/dev/zero", f"of={pair.device}", "bs=4k", "count=3", "seek=100", "oflag=direct")
+    done = shared.sync(pair.source, pair.device)
+    assert (done.mode, done.bytes_changed, done.bytes_shipped) == ("resync", SIZE, 12 * KIB)
+
+
+def test_a_replica_that_is_gone_is_copied_anew(shared: Lab) -> None:
+    pair = Pair(shared)
+    pair.file.unlink()
+    (link,) = [
+        link for link in shared.status(pair.source)["links"] if link["target"] == str(pair.file)
+    ]
+    assert "it is gone" in link["reason"]
+    done = shared.sync(pair.source, pair.file)
+    assert (done.mode, done.reason) == ("initial", "the replica is new")
+    assert Path(pair.file).stat().st_size == SIZE
