@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from blktrack import linux
+from blktrack.ship import aio
 from blktrack.units import KIB, MIB
 from tests.loopdev import Disks, run
 
@@ -123,7 +124,7 @@ def test_requests_move_what_they_say(disks: Disks) -> None:
     buffer, back = linux.Buffer(64 * KIB), linux.Buffer(64 * KIB)
     buffer.array[:] = np.random.default_rng(1).integers(0, 256, 64 * KIB, dtype=np.uint8)
     rows = np.array([[i * 8192, 4096, i * 4096] for i in range(16)], dtype=np.int64)
-    queue = linux.RequestQueue(16)
+    queue = aio.RequestQueue(16)
     fd = os.open(device, os.O_RDWR | os.O_DIRECT)
     try:
         assert queue.move(fd, buffer, rows, write=True).tolist() == [4096] * 16

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from blktrack import linux
+from blktrack.ship import aio
 from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
 from tests.blockdev import Lab, despite_collisions, flush, run
@@ -54,7 +55,7 @@ class RawMix:
         self._buffered = os.open(self.path, os.O_RDWR)
         self._direct = os.open(self.path, os.O_RDWR | os.O_DIRECT)
         self._memory = linux.Buffer(2 * MIB)
-        self._queue = linux.RequestQueue(_DEPTH)
+        self._queue = aio.RequestQueue(_DEPTH)
         try:
             for _ in range(count):
                 self.operations[self.random.choice(list(self.operations))]()

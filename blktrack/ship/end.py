@@ -14,7 +14,8 @@ import numpy as np
 from blktrack import linux
 from blktrack.errors import CopyFailed
 from blktrack.extent import Extent
-from blktrack.linux import Buffer, RequestQueue
+from blktrack.linux import Buffer
+from blktrack.ship.aio import RequestQueue
 from blktrack.ship.plan import Piece
 
 # What a device or file system says to a way of zeroing that it does not have.

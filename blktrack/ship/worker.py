@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from blktrack.linux import Buffer, RequestQueue
+from blktrack.linux import Buffer
+from blktrack.ship.aio import RequestQueue
 from blktrack.ship.endpoint import EndError, Endpoint
 from blktrack.ship.limit import RateLimit
 from blktrack.ship.plan import MAX_REQUESTS, Batch, Piece
