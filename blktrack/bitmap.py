@@ -12,15 +12,17 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from blktrack.extent import ExtentArray, empty
+from blktrack.extent import ExtentArray
 
 Words = NDArray[np.uint64]
 Indices = NDArray[np.int64]
 BITS = 64
 ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
-# Scans go through slices of this many words, so that temporaries stay small and in the cache.
-_SLICE = 1 << 15
+# Work goes through slices of so many words, so that temporaries stay small and in the cache: in a
+# scan a byte for each word, otherwise several words.
+_SCAN = 1 << 17
+_SLICE = 1 << 13
 
 
 def words_for(bits: int) -> int:
@@ -33,23 +35,33 @@ def granules_for(size: int, granularity: int) -> int:
 
 def nonzero(words: Words) -> Indices:
     """Indices of the words that are not zero. Other writers may set bits meanwhile."""
-    found = []
-    for start in range(0, len(words), _SLICE):
-        # Booleans are a copy, which stays as it is, and are searched several times faster.
-        part = (words[start : start + _SLICE] != 0).nonzero()[0]
-        if len(part):
-            found.append(part + start)
+    found = list(_scan(words))
     return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
+def _scan(words: Words) -> Iterator[Indices]:
+    """The same, slice by slice."""
+    for start in range(0, len(words), _SCAN):
+        # Booleans are a copy, which stays as it is, and are searched several times faster.
+        part = (words[start : start + _SCAN] != 0).nonzero()[0]
+        if len(part):
+            yield part + start
+
+
+def _slices(words: Words, index: Indices | None) -> Iterator[Indices]:
+    """Numbers of the words that are set, `index` if that is known, a few at a time."""
+    for part in _scan(words) if index is None else (index,):
+        yield from (part[at : at + _SLICE] for at in range(0, len(part), _SLICE))
+
+
 def any_set(words: Words) -> bool:
-    return any(words[i : i + _SLICE].any() for i in range(0, len(words), _SLICE))
+    return any(words[i : i + _SCAN].any() for i in range(0, len(words), _SCAN))
 
 
 def count(words: Words, index: Indices | None = None) -> int:
     """Bits set. Here and below `index`, if given, holds the numbers of the words that are set."""
-    found = words[nonzero(words) if index is None else index]
-    return int(np.unpackbits(found.view(np.uint8)).sum(dtype=np.int64)) if len(found) else 0
+    parts = (np.unpackbits(words[some].view(np.uint8)) for some in _slices(words, index))
+    return sum(int(np.count_nonzero(part.view(np.bool_))) for part in parts)
 
 
 def or_into(target: Words, source: Words, index: Indices | None = None) -> None:
@@ -100,56 +112,61 @@ def set_bits(words: Words, bits: NDArray[np.int64]) -> None:
 
 def bits(words: Words) -> NDArray[np.int64]:
     """The numbers of the set bits, ascending."""
-    index = nonzero(words)
-    found = list(_places(words[index], index))
-    return np.sort(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)
+    found = [_places(words[some], some) for some in _slices(words, None)]
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
-def _places(words: Words, index: Indices) -> Iterator[Indices]:
-    """The numbers of the set bits of `words`, which lie at `index`: the lowest of each, the next …
+def _places(words: Words, index: Indices) -> Indices:
+    """The numbers of the set bits of `words`, which lie at `index`, ascending.
 
-    As many turns as the fullest word has bits, each over the words that have one left.
+    Found in as many turns as the fullest word has bits: the lowest of each word, the next …
     """
-    base = index * BITS
-    while len(words):
+    base, found = index * BITS, []
+    while True:
+        left = words.nonzero()[0]
+        if len(left) < len(words):
+            words, base = words[left], base[left]
+        if not len(words):
+            break
         lowest = words & (~words + np.uint64(1))
         # A power of two is exact as a float, and its exponent is the number of the bit.
-        yield base + ((lowest.astype(np.float64).view(np.int64) >> 52) - 1023)
+        found.append(base + ((lowest.astype(np.float64).view(np.int64) >> 52) - 1023))
         words = words ^ lowest
-        left = words != 0
-        words, base = words[left], base[left]
+    if len(found) == 1:
+        return found[0]
+    # A stable sort merges what is ascending already.
+    return np.sort(np.concatenate(found), kind="stable") if found else base
 
 
-def _runs(words: Words, index: Indices) -> tuple[Indices, Indices]:
+def _runs(words: Words, index: Indices | None) -> tuple[Indices, Indices]:
     """First and one-past-last bit of every run of set bits."""
-    if not len(index):
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    full = words[index] == ALL
-    starts = index[full] * BITS
-    parts_first, parts_end = [starts], [starts + BITS]
-    mixed = index[~full]
-    one = np.uint64(1)
-    for at in range(0, len(mixed), _SLICE):
-        some = mixed[at : at + _SLICE]
+    firsts, ends = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    one, top = np.uint64(1), np.uint64(BITS - 1)
+    for some in _slices(words, index):
         values = words[some]
         # A run begins with a bit whose lower neighbour is clear, and ends with one whose higher is.
-        parts_first += _places(values & ~(values << one), some)
-        parts_end += [last + 1 for last in _places(values & ~(values >> one), some)]
-    first = np.sort(np.concatenate(parts_first))
-    end = np.sort(np.concatenate(parts_end))
-    # Runs were cut at word edges: one that begins where the one before ends continues it.
-    joined = first[1:] == end[:-1]
-    return first[np.r_[True, ~joined]], end[np.r_[~joined, True]]
+        lower, higher = values << one, values >> one
+        adjacent = some[1:] == some[:-1] + 1
+        lower[1:] |= (values[:-1] >> top) * adjacent
+        higher[:-1] |= (values[1:] << top) * adjacent
+        firsts.append(_places(values & ~lower, some))
+        ends.append(_places(values & ~higher, some) + 1)
+    first, end = np.concatenate(firsts), np.concatenate(ends)
+    # Runs were cut at the edges of slices: one that begins where the one before ends continues it.
+    apart = first[1:] != end[:-1]
+    if apart.all():
+        return first, end
+    return first[np.r_[True, apart]], end[np.r_[apart, True]]
 
 
 def extents(words: Words, granularity: int, size: int, index: Indices | None = None) -> ExtentArray:
-    """The set bits as coalesced extents in bytes, the last one clipped to `size`."""
-    first, end = _runs(words, nonzero(words) if index is None else index)
-    if not len(first):
-        return empty()
-    start = first * granularity
-    stop = np.minimum(end * granularity, size)
-    return np.stack([start, stop - start], axis=1).astype(np.int64)
+    """The set bits as coalesced extents in bytes, cut off at `size`."""
+    first, end = _runs(words, index)
+    inside = int(np.searchsorted(first, granules_for(size, granularity)))
+    found: ExtentArray = np.empty((inside, 2), dtype=np.int64)
+    found[:, 0] = first[:inside] * granularity
+    found[:, 1] = np.minimum(end[:inside] * granularity, size) - found[:, 0]
+    return found
 
 
 def clear_extents(words: Words, granularity: int, size: int, done: ExtentArray) -> None:

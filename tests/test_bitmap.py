@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,12 +27,22 @@ WORD = st.one_of(
 )
 
 
-@pytest.fixture(params=[bitmap._SLICE, 2], ids="slice{}".format, scope="module", autouse=True)
-def slice_words(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Scans go slice by slice: with small slices every bitmap here has several."""
+DEFAULT = bitmap._SCAN, bitmap._SLICE
+
+
+@pytest.fixture(params=[DEFAULT, (2, 1), (3, 2)], ids=str, scope="module", autouse=True)
+def slices(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Work goes slice by slice: with small slices every bitmap here has several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bitmap, "_SLICE", request.param)
+        patch.setattr(bitmap, "_SCAN", request.param[0])
+        patch.setattr(bitmap, "_SLICE", request.param[1])
         yield
+
+
+@pytest.fixture
+def usual_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitmap, "_SCAN", DEFAULT[0])
+    monkeypatch.setattr(bitmap, "_SLICE", DEFAULT[1])
 
 
 def words_of(bits: set[int], granules: int) -> Words:
@@ -145,6 +156,29 @@ def test_extents(bitmap_: tuple[int, set[int]], granularity: int, missing: int) 
         assert found.tolist() == expected.tolist()
 
 
+@given(bitmaps(), st.integers(0, 70 * 4096))
+def test_extents_end_where_the_device_does(bitmap_: tuple[int, set[int]], size: int) -> None:
+    """Bits past the end are left out, wholly or in part."""
+    granules, bits = bitmap_
+    expected = extent.from_pairs(
+        [(bit * 4096, min(4096, size - bit * 4096)) for bit in bits if bit * 4096 < size]
+    )
+    assert bitmap.extents(words_of(bits, granules), 4096, size).tolist() == expected.tolist()
+
+
+def test_a_full_bitmap_needs_no_memory_of_its_size(usual_slices: None) -> None:
+    words = np.full(1 << 22, bitmap.ALL)  # 32 MiB
+    index = bitmap.nonzero(words)
+    for known in (None, index):
+        tracemalloc.start()
+        try:
+            assert bitmap.count(words, known) == 1 << 28
+            assert bitmap.extents(words, 65536, 1 << 44, known).tolist() == [[0, 1 << 44]]
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+
+
 @given(bitmaps())
 def test_extents_and_back(bitmap_: tuple[int, set[int]]) -> None:
     granules, bits = bitmap_
@@ -212,12 +246,11 @@ def test_clearing_the_own_extents_leaves_nothing() -> None:
     assert not bitmap.any_set(words)
 
 
-def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_32_bits(usual_slices: None) -> None:
     """16 TiB in granules of 64 KiB."""
-    monkeypatch.setattr(bitmap, "_SLICE", 1 << 15)
     granules = 1 << 28
     words = np.zeros(granules // 64, dtype=np.uint64)
-    edge = 64 * 32768  # where the first slice ends
+    edge = 64 * bitmap._SCAN  # where the first slice ends
     bitmap.set_range(words, edge - 1, 2)
     bitmap.set_range(words, granules - 1, 1)
     bitmap.set_bits(words, np.array([0]))
