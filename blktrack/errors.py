@@ -31,6 +31,10 @@ class CopyFailed(BlktrackError):
     """Part of the source could not be read or of the replica not be written; it stays pending."""
 
 
+class DeviceLost(CopyFailed):
+    """A device was taken away, shrank or became read-only while it was in use."""
+
+
 class NotTracked(BlktrackError):
     """The device is not tracked."""
 

@@ -25,6 +25,7 @@ from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import open_end
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
+from blktrack.ship.target import Target
 from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
@@ -33,6 +34,7 @@ from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.status import resync_reason
 from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Gap, Swap, Tracking
+from blktrack.uevents import Watch
 from blktrack.units import format_size
 
 
@@ -85,7 +87,7 @@ def sync(
         link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
         current = _Round(store, device, state.id, link, replica, options)
         plan, sets = current.prepare()
-        with sets:
+        with sets, Watch(options.stop, device, replica.target.device, writable=True):
             observer.phase(plan.mode, extent.total(plan.extents))
             level, copied = current.ship(plan, sets, observer)
             _judge(plan.mode, copied, path, target, options)
@@ -297,7 +299,12 @@ def verify(
 ) -> VerifyReport:
     """Compare every byte of the device with the replica; nothing is written."""
     device = BlockDevice.find(path)
-    with open_end(device.path) as source, open_end(target) as replica:
+    other = Target.find(target).device
+    with (
+        Watch(options.stop, device, other),
+        open_end(device.path) as source,
+        open_end(target) as replica,
+    ):
         size = min(source.size, replica.size)
         observer.phase("verify", size)
         whole = extent.from_pairs([(0, size)])
@@ -311,7 +318,7 @@ def verify(
             limit=options.limit,
         )
         missing = extent.from_pairs([(size, source.size - size)])
-    _judge("verify", copied, path, target, options)
+        _judge("verify", copied, path, target, options)
     different = np.concatenate([copied.different, missing])
     return VerifyReport(
         bytes_compared=size,

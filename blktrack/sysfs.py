@@ -77,6 +77,11 @@ class BlockDevice:
         return BlockDevice.of_number(int(major), int(minor))
 
     @property
+    def present(self) -> bool:
+        """Whether the kernel still has it, under this number."""
+        return _text(self.sys / "dev") == f"{self.number[0]}:{self.number[1]}"
+
+    @property
     def size(self) -> int:
         return _number(self.sys / "size") * SECTOR
 

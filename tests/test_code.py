@@ -37,6 +37,7 @@ FLOORS = {
     "device": 2,
     "fingerprint": 2,
     "state": 2,
+    "uevents": 2,
     "use": 2,
     "systemd": 2,
     "ship": 2,
