@@ -31,6 +31,7 @@ from blktrack.bpf import abi, kernel
 from blktrack.config import Paths
 from blktrack.extent import ExtentArray
 from blktrack.report import SyncReport
+from blktrack.round import Options
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.tracker import status, tracker
 from blktrack.tracker.link import LinkSets
@@ -201,7 +202,7 @@ class Lab:
         return Done(done.returncode, done.stdout, done.stderr)
 
     def sync(self, device: str, target: str | Path) -> SyncReport:
-        return sync.sync(self.store, device, str(target), sync.Options(), Silent())[0]
+        return sync.sync(self.store, device, str(target), Options(), Silent())[0]
 
     def status(self, device: str) -> dict[str, Any]:
         (found,) = status.status(self.store, device)

@@ -10,6 +10,7 @@ from blktrack import sync
 from blktrack.bpf import compile
 from blktrack.errors import ResyncNeeded
 from blktrack.report import SyncReport
+from blktrack.round import Options
 from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blockdev import Lab, Silent, pairs, read_image, wait_until, write_direct
@@ -74,18 +75,18 @@ def test_a_change_that_no_program_saw_at_all_is_a_doubt(
     fill(device)
     lab.track(device)
 
-    def synced(options: sync.Options) -> SyncReport:
+    def synced(options: Options) -> SyncReport:
         # In this process: another would not take the blinded programs for its own.
         return sync.sync(lab.store, device, replica, options, Silent())[0]
 
-    assert synced(sync.Options()).mode == "initial"
+    assert synced(Options()).mode == "initial"
     change(device, 5 * MIB, 1)
     with pytest.raises(ResyncNeeded, match="seen by the kernel alone"):
-        synced(sync.Options(no_resync=True))
-    done = synced(sync.Options())
+        synced(Options(no_resync=True))
+    done = synced(Options())
     assert (done.mode, done.bytes_shipped) == ("resync", 4 * KIB)
     assert not sectors.faults(read_image(device), read_image(replica))
-    assert synced(sync.Options()).mode == "nothing"
+    assert synced(Options()).mode == "nothing"
 
 
 @pytest.mark.needs("root", "zram", "bpf")

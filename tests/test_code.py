@@ -46,9 +46,10 @@ FLOORS = {
     "tracker": 3,
     "doctor": 3,
     "capture": 4,
-    "sync": 5,
-    "cli": 6,
-    "__main__": 7,  # python -m blktrack: calls cli
+    "round": 5,
+    "sync": 6,
+    "cli": 7,
+    "__main__": 8,  # python -m blktrack: calls cli
 }
 
 # Who alone may import what from outside: the rooms that may, by the module that they import.

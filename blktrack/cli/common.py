@@ -20,7 +20,7 @@ from blktrack.state import Store
 from blktrack.units import parse_size
 
 if TYPE_CHECKING:
-    from blktrack.sync import Options
+    from blktrack.round import Options
 
 
 def store() -> Store:

@@ -21,7 +21,8 @@ from blktrack.cli.common import (
 )
 from blktrack.cli.progress import Watcher
 from blktrack.report import SyncReport
-from blktrack.sync import Options, sync
+from blktrack.round import Options
+from blktrack.sync import sync
 from blktrack.units import format_duration, format_size
 
 

@@ -13,7 +13,8 @@ import argparse
 from blktrack.cli.common import add_json, add_quiet, emit, size, stoppable, store, target
 from blktrack.cli.progress import Watcher
 from blktrack.report import VerifyReport
-from blktrack.sync import Options, repair, verify
+from blktrack.round import Options
+from blktrack.sync import repair, verify
 from blktrack.units import format_size
 
 _SHOWN = 10
