@@ -121,6 +121,9 @@ class Lab:
                 made.truncate(size)
         device = run("losetup", "--find", "--show", "--partscan", f"--sector-size={sector}", file)
         self.stack.callback(detach, device, file)
+        # A read-only mark outlives the file it was meant for: whoever made it may have been killed.
+        if Path(f"/sys/block/{Path(device).name}/ro").read_text(encoding="ascii").strip() != "0":
+            run("blockdev", "--setrw", device)
         return device
 
     def own_loop(self, size: int, file: Path) -> str:
@@ -187,15 +190,17 @@ class Lab:
         finally:
             run("umount", point)
 
-    def blktrack(self, *words: str | Path, env: Mapping[str, str] | None = None) -> Done:
-        """Run the command line in a process of its own."""
+    def blktrack(
+        self, *words: str | Path, env: Mapping[str, str] | None = None, top: Path = TOP
+    ) -> Done:
+        """Run the command line in a process of its own, from the sources below `top`."""
         command = [sys.executable, "-m", "blktrack", *(str(word) for word in words)]
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
             check=False,
-            cwd=TOP,
+            cwd=top,
             timeout=240,
             env={**os.environ, **(env or {})},
         )

@@ -30,7 +30,12 @@ from tests.blockdev import Lab, despite_collisions, flush, run
 
 FITRIM = 0xC018_5879  # linux/fs.h
 _DEPTH = 16  # asynchronous requests in flight
-_SEQUENCE = itertools.count(1)  # of all writes of this process that describe themselves
+_SEQUENCE = itertools.count(1)
+
+
+def next_sequence() -> int:
+    """The number of a write that describes itself: no other of this process has it."""
+    return next(_SEQUENCE)
 
 
 class RawMix:
@@ -81,7 +86,7 @@ class RawMix:
         return self.random.randrange(last + 1) * unit, length
 
     def sectors_for(self, offset: int, length: int) -> sectors.Image:
-        return sectors.make(offset, length, next(_SEQUENCE))
+        return sectors.make(offset, length, next_sequence())
 
     def buffered(self) -> None:
         offset, length = self.place(SECTOR, MIB)
