@@ -102,6 +102,11 @@ def _allocate(fd: int, mode: int, start: int, length: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def reserve(fd: int, start: int, length: int) -> None:
+    """Give a range of a file its space; what it reads as stays the same."""
+    _allocate(fd, FALLOC_FL_KEEP_SIZE, start, length)
+
+
 def punch_hole(fd: int, start: int, length: int) -> None:
     """Free a range of a file, or zero one of a block device, freeing it if the device can."""
     _allocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, length)

@@ -7,6 +7,8 @@ leaves the old one in force, and the next command does all of this again.
 
 from __future__ import annotations
 
+import numpy as np
+
 from blktrack import bitmap, crash, durable
 from blktrack.bitfile import BitFile
 from blktrack.tracker import account
@@ -54,4 +56,5 @@ def _widen(tracking: Tracking, granules: int) -> None:
         BitFile.widen(path, words)
         if path.name == "pending":
             with BitFile(path, words) as pending:
+                pending.reserve(np.arange(first // bitmap.BITS, words))
                 bitmap.set_range(pending.words, first, granules - first)

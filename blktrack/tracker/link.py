@@ -36,7 +36,9 @@ class LinkSets:
     def take(self) -> ExtentArray:
         """Move what is pending into the set to ship; all that is to be shipped now."""
         if len(self.shipping.nonzero()) or not self._exchange():
-            bitmap.or_into(self.shipping.words, self.pending.words, self.pending.nonzero())
+            found = self.pending.nonzero()
+            self.shipping.reserve(found)
+            bitmap.or_into(self.shipping.words, self.pending.words, found)
             crash.point("take-added")
             self.pending.clear()
         crash.point("take-done")
@@ -53,6 +55,7 @@ class LinkSets:
 
     def fill(self) -> None:
         """Everything has to be shipped or compared."""
+        self.shipping.reserve()
         bitmap.set_range(self.shipping.words, 0, self.granules)
         crash.point("fill-set")
         self.pending.clear()

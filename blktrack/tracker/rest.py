@@ -88,7 +88,9 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
         BitFile(folder / "shipping", words, create=True).close()
         # Drains find a link by `pending`, so that comes last.
         with BitFile(folder / "pending", words, create=True) as pending:
-            bitmap.or_into(pending.words, found)
+            index = bitmap.nonzero(found)
+            pending.reserve(index)
+            bitmap.or_into(pending.words, found, index)
     BitFile(store.run(state.id) / "settling", words, create=True).close()
     store.save_epoch(state.id, epoch)
     crash.point("start-restored")

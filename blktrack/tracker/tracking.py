@@ -153,10 +153,13 @@ class Tracking:
         with BitFile(self.store.run(self.state.id) / "settling", self.words) as settling:
             for path in self.store.link_files(self.state.id, "pending"):
                 with BitFile(path, self.words) as pending:
+                    pending.reserve(found[abi.COMPLETED])
                     self.retired.merge_into(abi.COMPLETED, pending.words, found[abi.COMPLETED])
                     if self.bio:
-                        self._add_in_flight(pending.words)
+                        self._add_in_flight(pending)
                     elif missed:
+                        pending.reserve(found[abi.SUBMITTED])
+                        pending.reserve(settling.nonzero())
                         self.retired.merge_into(abi.SUBMITTED, pending.words, found[abi.SUBMITTED])
                         bitmap.or_into(pending.words, settling.words, settling.nonzero())
                 crash.point("drain-merged")
@@ -172,6 +175,7 @@ class Tracking:
                 settling.clear()
             crash.point("drain-settled")
             if not self.bio:
+                settling.reserve(found[abi.SUBMITTED])
                 self.retired.merge_into(abi.SUBMITTED, settling.words, found[abi.SUBMITTED])
         crash.point("drain-settling")
         self.retired.clear(found)
@@ -180,7 +184,7 @@ class Tracking:
         self.epoch.submit_unsure = unsure or submit.missed != self.epoch.submit_missed
         self.epoch.clear = True
 
-    def _add_in_flight(self, target: Words) -> None:
+    def _add_in_flight(self, target: BitFile) -> None:
         """Take as changed what a bio-based device has in flight, and all that seems to be."""
         assert self.kernel
         window, size = self.window, self.state.granularity
@@ -188,8 +192,9 @@ class Tracking:
             start = int(entry["sector"]) * SECTOR - window.start
             first, last = max(start, 0), min(start + int(entry["bytes"]), window.length)
             if first < last:
-                granules = bitmap.granules_for(last, size) - first // size
-                bitmap.set_range(target, first // size, granules)
+                begin, end = first // size, bitmap.granules_for(last, size)
+                target.reserve(np.arange(begin // bitmap.BITS, bitmap.words_for(end)))
+                bitmap.set_range(target.words, begin, end - begin)
 
     def _account(self) -> Account | None:
         """The programs' counts against the kernel's; None if it kept none when tracking began."""
