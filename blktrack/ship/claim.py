@@ -48,7 +48,7 @@ def open_file(target: Target, source: BlockDevice, *, writable: bool) -> tuple[F
         except EndError as error:
             end.close()
             os.unlink(target.path)
-            raise Refused(str(error), hint="choose another place for the replica") from error
+            raise Refused(str(error), hint=error.hint) from error
     if not writable and end.size < source.size:
         end.close()
         raise Refused(f"{target.name} is smaller than {source.path}", hint="sync to it first")

@@ -25,6 +25,8 @@ _ZEROES = memoryview(Buffer(1 << 20).view).toreadonly()
 _HINTS = {
     errno.ENOSPC: "free space there, then run the command again: it goes on where it stopped",
     errno.EDQUOT: "raise the quota there, then run the command again",
+    errno.EFBIG: "put it where files may be that large, or raise the limit (ulimit -f), then run "
+    "the command again",
     errno.EIO: "the medium or its connection fails: see the kernel log, then replace or check it",
     errno.EBUSY: "end what uses it, then run the command again",
     errno.EACCES: "run as root, and make it writable",

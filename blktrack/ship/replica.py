@@ -26,7 +26,7 @@ from typing import Self
 
 from blktrack import crash, linux
 from blktrack.config import Paths
-from blktrack.durable import lock, sync_directory
+from blktrack.durable import lock
 from blktrack.errors import Refused
 from blktrack.point import Point
 from blktrack.ship.claim import open_device, open_file
@@ -144,9 +144,6 @@ class Replica:
         self.close()
 
     def _write(self, record: Record) -> None:
-        if not self._folder.exists():
-            self._folder.mkdir(parents=True)
-            sync_directory(self._folder.parent)
         record.write(self._folder / RECORD)
         self.record = record
 

@@ -57,14 +57,16 @@ def check_granularity(granularity: int, device: BlockDevice) -> None:
         )
 
 
-def check_memory(device: BlockDevice, geometry: Geometry) -> None:
+def check_memory(
+    device: BlockDevice, geometry: Geometry, *, hint: str = "choose a larger --granularity"
+) -> None:
     """Refused where the dirty maps would take a large part of the memory that is left."""
     needed, available = 2 * geometry.map_bytes, memory_available()
     if needed > available // 2:
         raise Refused(
             f"tracking {device.path} needs {format_size(needed)} of kernel memory for its dirty "
             f"maps, and {format_size(available)} are available",
-            hint="choose a larger --granularity",
+            hint=hint,
         )
 
 

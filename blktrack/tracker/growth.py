@@ -21,7 +21,11 @@ def grow(tracking: Tracking) -> None:
     store, state, kernel = tracking.store, tracking.state, tracking.kernel
     assert kernel
     window = window_of(tracking.device, tracking.device.size, state.granularity)
-    check_memory(tracking.device, window.geometry)
+    check_memory(
+        tracking.device,
+        window.geometry,
+        hint="untrack it and track it with a larger --granularity; its replicas are then resynced",
+    )
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
         for other in kernel.slots(window.disk, window.start):
             if other != state.slot:  # left by a death in here
