@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code of the outside contract."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parse(words)
-        if args.command in _NEEDS_ROOT and os.geteuid() != 0:
-            raise BlktrackError(f"blktrack {args.command} needs root", hint="run it with sudo")
-        return int(_module(args.command).run(args))
+        try:
+            return _run(words)
+        finally:
+            _flush()
     except BlktrackError as error:
         _complain(str(error), error.hint)
         return error.exit_code
@@ -50,12 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; nothing is left to tell it.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except OSError as error:
         _complain(str(error) or type(error).__name__, "see the kernel log if this is unexpected")
         return 1
+
+
+def _run(words: list[str]) -> int:
+    args = _parse(words)
+    if args.command in _NEEDS_ROOT and os.geteuid() != 0:
+        raise BlktrackError(f"blktrack {args.command} needs root", hint="run it with sudo")
+    return int(_module(args.command).run(args))
+
+
+def _flush() -> None:
+    """Here, where it may still fail: at the exit of the process Python would show a traceback."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise BlktrackError(
+            f"the command is done, but its output cannot be written: {error.strerror}",
+            hint="free space where standard output goes to",
+        ) from error
+
+
+def _drop_output() -> None:
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, hint: str = "") -> None:

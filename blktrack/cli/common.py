@@ -76,7 +76,10 @@ def instant(seconds: float) -> str:
 
 @contextlib.contextmanager
 def stoppable(options: Options) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the copy after what is in flight; a second one at once."""
+    """SIGINT, SIGTERM and SIGHUP end the copy after what is in flight; a second one at once.
+
+    One that is ignored, as by nohup, stays so.
+    """
 
     def on_signal(number: int, _: FrameType | None) -> None:
         if options.stop.is_set():
@@ -86,7 +89,8 @@ def stoppable(options: Options) -> Iterator[None]:
         options.stop.set()
 
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, on_signal) for number in watched}
+    caught = [number for number in watched if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in caught}
     try:
         yield
     finally:
