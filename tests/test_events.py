@@ -49,12 +49,6 @@ def resize(device: str, size: int) -> None:
     run("losetup", "--set-capacity", device)
 
 
-def sync(lab: Lab, device: str, replica: str | Path) -> dict[str, object]:
-    report = lab.blktrack("sync", device, replica, "--json").json
-    assert isinstance(report, dict)
-    return report
-
-
 def filled(lab: Lab, size: int = SIZE) -> str:
     device = lab.loop(size)
     fill(device)
@@ -73,13 +67,13 @@ def test_a_source_that_shrinks(shared: Lab) -> None:
         f"the source {device} shrank from 8 MiB to 4 MiB while it was in use",
         "run the command again",
     )
-    last = sync(shared, device, replica)
-    assert last["mode"] in ("initial", "resync")
+    last = shared.sync(device, replica)
+    assert last.mode in ("initial", "resync")
     assert replica.stat().st_size == SIZE // 2
     assert identical(device, replica)
     assert "shrank from 8 MiB to 4 MiB" in shared.status(device)["doubts"][0]["reason"]
     change(device, MIB)
-    assert sync(shared, device, replica)["mode"] == "incremental"
+    assert shared.sync(device, replica).mode == "incremental"
     assert identical(device, replica)
 
 
@@ -95,7 +89,7 @@ def test_a_source_that_loses_its_medium(shared: Lab) -> None:
     assert_clear(shared.blktrack("sync", device, replica), 1, f"{device} has no medium")
     backing(device).write_bytes(kept)
     run("losetup", "--set-capacity", device)
-    assert sync(shared, device, replica)["mode"] in ("initial", "resync")
+    assert shared.sync(device, replica).mode in ("initial", "resync")
     assert identical(device, replica)
 
 
@@ -108,8 +102,8 @@ def test_a_source_that_grows_is_no_error(shared: Lab) -> None:
     done = running.end()
     assert (done.json["mode"], done.json["bytes_changed"]) == ("initial", SIZE)
     change(device, SIZE + MIB)
-    grown = sync(shared, device, replica)
-    assert (grown["mode"], grown["bytes_changed"]) == ("incremental", SIZE)
+    grown = shared.sync(device, replica)
+    assert (grown.mode, grown.bytes_changed) == ("incremental", SIZE)
     assert identical(device, replica)
 
 
@@ -126,7 +120,7 @@ def test_a_source_that_is_detached_is_kept_to_the_end(shared: Lab) -> None:
     wait_until(lambda: BlockDevice.find(device).size == 0, f"the detaching of {device}")
     assert_clear(shared.blktrack("sync", device, replica), 1, "has no medium", "attach")
     run("losetup", device, file)
-    assert "was re-created" in str(sync(shared, device, replica)["reason"])
+    assert "was re-created" in str(shared.sync(device, replica).reason)
     assert identical(device, replica)
 
 
@@ -142,7 +136,7 @@ def test_a_partition_that_is_made_smaller(shared: Lab) -> None:
     run("resizepart", disk, "1", str(SIZE // 2 // SECTOR))
     assert_clear(running.end(), 1, f"the source {device} shrank from 8 MiB to 4 MiB")
     run("resizepart", disk, "1", str(SIZE // SECTOR))
-    assert sync(shared, device, replica)["mode"] == "initial"
+    assert shared.sync(device, replica).mode == "initial"
     assert identical(device, replica)
 
 
@@ -163,7 +157,7 @@ def test_a_replica_that_shrinks(shared: Lab, command: str) -> None:
     if command == "verify":
         backing(replica).write_bytes(kept)
     resize(replica, SIZE)
-    sync(shared, device, replica)
+    shared.sync(device, replica)
     assert shared.blktrack("verify", device, replica, "--repair").code == 0
     assert identical(device, replica)
 
@@ -187,7 +181,7 @@ def test_a_replica_that_becomes_read_only(shared: Lab, changed: bool) -> None:
     )
     assert_clear(shared.blktrack("sync", device, replica), 1, f"{replica} is read-only")
     run("blockdev", "--setrw", replica)
-    assert sync(shared, device, replica)["mode"] == ("incremental" if changed else "initial")
+    assert shared.sync(device, replica).mode == ("incremental" if changed else "initial")
     assert identical(device, replica)
 
 
@@ -220,7 +214,7 @@ def test_a_device_that_is_taken_away(
     # An event of the device, of which the kernel can be asked for one.
     Path(f"/sys/block/{Path(lost).name}/uevent").write_text("change", encoding="ascii")
     assert_clear(running.end(), 1, f"the {role} {lost} {says}", "run the command again")
-    assert sync(shared, device, replica)["mode"] == "initial"
+    assert shared.sync(device, replica).mode == "initial"
     assert identical(device, replica)
 
 
