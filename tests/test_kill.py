@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from blktrack import sync
 from blktrack.errors import BlktrackError
+from blktrack.round import Round
 from blktrack.tracker import tracker
 from blktrack.units import KIB
 from tests import sectors
@@ -194,7 +194,7 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
         "stale",
     ),
     "a copy is noted as begun before its set is filled": (
-        "sync.py",
+        "round.py",
         "\n                    sets.fill()\n",
         RECORDED_BEFORE_IT_IS_FILLED,
         Campaign.anew,
@@ -202,7 +202,7 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
         "stale",
     ),
     "what is to ship is forgotten before it is written": (
-        "sync.py",
+        "round.py",
         '        crash.point("ship-begun")\n',
         '        crash.point("ship-begun")\n        sets.all_shipped()\n'
         '        crash.point("mutant")\n',
@@ -211,7 +211,7 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
         "stale",
     ),
     "the cursor moves before the replica commits": (
-        "sync.py",
+        "round.py",
         "\n        self.replica.commit(point)\n",
         CURSOR_FIRST,
         Campaign.incremental,
@@ -259,6 +259,6 @@ def test_a_campaign_finds_a_resync_that_was_not_needed(
 ) -> None:
     """Without its catching up with a replica that is ahead of it, a link seems not to fit."""
     run = Campaign(shared, "loop", seed, writing=False)
-    monkeypatch.setattr(sync._Round, "_catch_up", lambda *_: None)
+    monkeypatch.setattr(Round, "_catch_up", lambda *_: None)
     with pytest.raises(AssertionError, match="not at the point that it was brought to"):
         run.round(Campaign.incremental, run.at("commit-replica"))
