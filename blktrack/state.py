@@ -10,14 +10,29 @@
     RUN/devices/ID/links/LINK/pending      granules that changed since the link's last drain
     RUN/devices/ID/links/LINK/shipping     granules that the sync under way has to ship
 
-RUN is lost with a boot, and the generation with it. Sets are bitmaps in shared memory: bits are
-only added, or cleared after they have a safer home, so a process may die between any two stores:
+RUN is lost with a boot, and the generation with it, unless the device was at rest. Sets are bitmaps
+in shared memory. Bits are only added, or cleared after they have a safer home, and a JSON file is
+replaced in one step, so a process may die between any two stores. What is then true:
 
-- drain: kernel map -> `pending`, then the map is cleared. Died before: merged again, adds nothing.
-- take: `pending` -> `shipping`, then `pending` is cleared. Died before: shipped from both, once.
-  Or, `shipping` being empty, the two files change places in one step.
-- ship: replica flushed, then bits of `shipping` are cleared. Died before: shipped again.
-- fill: all bits of `shipping` are set, then LINK.json says so. Died before: filled again.
+- begin: slot, `settling`, epoch.json, device.json. Died before the last: the slot is nobody's, and
+  the next beginning on that disk takes it away.
+- drain: epoch.json says not clear, swap, retired map -> `pending` of each link, -> `settling`, the
+  map is cleared, epoch.json. Died before the last: all of it is done again, and adds nothing.
+- take: `pending` -> `shipping`, then `pending` is cleared; or, `shipping` being empty, the two files
+  change places in one step. Died before: shipped from both, once.
+- fill: all bits of `shipping` are set, `pending` is cleared, LINK.json says so. Died before the
+  last: more is shipped than had to be, and filled again.
+- ship: the replica's record says between two points, data, flush, bits of `shipping` are cleared.
+  Died before the last: shipped again.
+- commit: the replica's record says its point, `shipping` is cleared, LINK.json has the cursor. Died
+  before the last: the replica is ahead of its link, which then follows it.
+- grow: a second slot, a last drain of the first, longer sets, epoch.json, device.json names the
+  second. Died before the last: the first slot is in force, the second nobody's, all is done again.
+- stop: LINK.rest, rest.json, device.json says resting, the slot goes. Died before resting: it is
+  tracked on. After: at rest, with a slot that is nobody's.
+- start: slot, sets, epoch.json, device.json says not resting, the rest goes. Died before that: at
+  rest, and what was written since the slot died with it is found by the kernel's count of sectors.
+- end: device.json has the doubt and no generation. Whatever of it is left is never looked at again.
 """
 
 from __future__ import annotations
