@@ -18,7 +18,7 @@ replaced in one step, so a process may die between any two stores. What is then 
   the next beginning on that disk takes it away.
 - drain: epoch.json says not clear, swap, retired map -> `pending` of each link, -> `settling`, the
   map is cleared, epoch.json. Died before the last: all of it is done again, and adds nothing.
-- take: `pending` -> `shipping`, then `pending` is cleared; or, `shipping` being empty, the two files
+- take: `pending` -> `shipping`, then `pending` is cleared; or, `shipping` being empty, the two
   change places in one step. Died before: shipped from both, once.
 - fill: all bits of `shipping` are set, `pending` is cleared, LINK.json says so. Died before the
   last: more is shipped than had to be, and filled again.
