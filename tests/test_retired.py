@@ -21,6 +21,7 @@ from tests.needs import TOOL_PATH
 pytestmark = pytest.mark.needs("root", "loop", "bpf", "fio")
 
 MEANWHILE = 2000  # writes between the two looks at a retired map
+JOBS, DEPTH = 2, 32
 
 loaded = pytest.mark.parametrize(
     "kind",
@@ -30,9 +31,10 @@ loaded = pytest.mark.parametrize(
 
 @contextlib.contextmanager
 def load(device: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Random writes of 4 KiB by two processes with 32 in flight each; ended on exit."""
+    """Random writes of 4 KiB by JOBS processes with DEPTH in flight each; ended on exit."""
     command = ["fio", "--name=load", f"--filename={device}", "--rw=randwrite", "--bs=4k"]
-    command += ["--direct=1", "--ioengine=libaio", "--iodepth=32", "--numjobs=2", *options]
+    command += ["--direct=1", "--ioengine=libaio", f"--iodepth={DEPTH}"]
+    command += [f"--numjobs={JOBS}", *options]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -107,7 +109,11 @@ def every_write_once(lab: Lab, kind: str, size: int) -> int:
     assert pairs(from_pairs(marked)) == [(0, size)], "a write fell between two maps"
     with watch.open() as tracking:
         unseen = size - tracking.counters()["written"]
-    if not unseen:
+    if kind == "zram":
+        # What was in flight when an epoch closed was taken along, and is marked in the next one.
+        twice = sum(total(extents) for extents in found) - size
+        assert twice <= len(found) * JOBS * DEPTH * 4 * KIB
+    elif not unseen:
         assert sum(total(extents) for extents in found) == size, "a write was marked twice"
     else:  # the kernel passed a program over: submitted planes stood in, which tell less exactly
         told(f"{kind}: {unseen} bytes were seen by the kernel's own count alone, and covered")
