@@ -295,6 +295,26 @@ def test_memory_that_is_nearly_gone(shared: Lab) -> None:
     assert identical(device, replica)
 
 
+def test_no_memory_for_a_list(shared: Lab) -> None:
+    """What a command needs itself, past the kernel's maps."""
+    device = shared.loop(64 * GIB)
+    shared.track(device, 512)
+    change(device, MIB)
+    # The peak is its copy of a plane, 16 MiB.
+    measure = "\n".join(
+        (
+            "import sys; from blktrack.cli import main; main(sys.argv[1:])",
+            "lines = open('/proc/self/status').read().split('\\n')",
+            "print(next(line.split()[1] for line in lines if line.startswith('VmPeak')))",
+        )
+    )
+    peak = int(run(sys.executable, "-c", measure, "extents", device).split("\n")[-1]) * KIB
+    limited = ("prlimit", f"--as={peak - 8 * MIB}")
+    done = Running(shared, "extents", device, prefix=limited).end()
+    assert_clear(done, 1, "blktrack: out of memory", "free some")
+    assert shared.blktrack("extents", device).out == f"{MIB} {64 * KIB}\n"
+
+
 def test_growth_beyond_memory(shared: Lab) -> None:
     """The device is tracked up to its old size as before, should it go back to it."""
     device, replica = filled(shared), shared.name("replica")

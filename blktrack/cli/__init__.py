@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
+    except MemoryError as error:
+        detail = f": {error}" if str(error) else ""
+        _complain(f"out of memory{detail}", "free some, or track with a larger --granularity")
+        return 1
     except BrokenPipeError:
         # The reader of our output has gone; nothing is left to tell it.
         _drop_output()
