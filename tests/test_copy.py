@@ -707,3 +707,28 @@ def test_zeroing_falls_back_to_writing(
     expected[MIB - 512 : 3 * MIB + 512] = bytes(2 * MIB + 1024)
     expected[:512] = bytes(512)
     assert content(path) == expected
+
+
+@pytest.mark.needs("root", "loop")
+def test_a_repair_of_more_granules_than_go_at_once(disks: Disks) -> None:
+    """A few large reads, and every other granule of them differs."""
+    size = 4 * MIB
+    data = np.random.default_rng(2).integers(0, 256, size, dtype=np.uint8)
+    other = data.copy()
+    other.reshape(-1, 4 * KIB)[::2] ^= 1
+    paths = [disks.loop(size), disks.loop(size)]
+    for path, bytes_ in zip(paths, (data, other), strict=True):
+        fill(path, bytes_.tobytes())
+    with open_end(str(paths[0])) as source, open_end(str(paths[1]), writable=True) as replica:
+        done = copy(
+            source,
+            replica,
+            whole(size),
+            mode=Mode.REPAIR,
+            granularity=4 * KIB,
+            threads=1,
+            chunk=size,
+        )
+    assert len(done.different) == size // (8 * KIB) > MAX_REQUESTS
+    assert done.bytes_written == size // 2
+    assert content(paths[1]) == data.tobytes()

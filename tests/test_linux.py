@@ -130,6 +130,10 @@ def test_requests_move_what_they_say(disks: Disks) -> None:
         assert queue.move(fd, buffer, rows, write=True).tolist() == [4096] * 16
         assert queue.move(fd, back, rows[::-1].copy(), write=False).tolist() == [4096] * 16
         assert buffer.equal(0, 64 * KIB, back, 0)
+        back.array[:] = 0
+        many = np.array([[i // 4 * 8192 + i % 4 * 1024, 1024, i * 1024] for i in range(64)])
+        assert queue.move(fd, back, many, write=False).tolist() == [1024] * 64
+        assert buffer.equal(0, 64 * KIB, back, 0)
         assert queue.move(fd, back, rows[:0], write=False).tolist() == []
         # The end of the device, then beyond it, then misaligned: each row has its own result.
         edge = np.array([[MIB - 4096, 8192, 0], [2 * MIB, 4096, 8192], [1, 512, 0]], dtype=np.int64)

@@ -83,12 +83,21 @@ class RequestQueue:
 
         Returns, for each row, the bytes moved or minus an errno; 0 if it could not be asked for.
         """
+        if (rows < 0).any() or int((rows[:, 1] + rows[:, 2]).max(initial=0)) > buffer.size:
+            raise ValueError("a request is outside the buffer")
+        results = np.zeros(len(rows), dtype=np.int64)
+        depth = len(self._iocbs)
+        for first in range(0, len(rows), depth):
+            some = slice(first, first + depth)
+            results[some] = self._move(fd, buffer, rows[some], write=write)
+        return results
+
+    def _move(
+        self, fd: int, buffer: Buffer, rows: NDArray[np.int64], *, write: bool
+    ) -> NDArray[np.int64]:
+        """At most `depth` rows."""
         count = len(rows)
         results = np.zeros(count, dtype=np.int64)
-        if not count:
-            return results
-        if (rows < 0).any() or int((rows[:, 1] + rows[:, 2]).max()) > buffer.size:
-            raise ValueError("a request is outside the buffer")
         iocbs = self._iocbs[:count]
         iocbs["opcode"] = _IOCB_CMD_PWRITE if write else _IOCB_CMD_PREAD
         iocbs["fd"] = fd
