@@ -300,6 +300,12 @@ def detach(device: str, file: Path) -> None:
         wait_until(gone, f"the detaching of {device}")
 
 
+def resize(device: str, file: Path, size: int) -> None:
+    """Give a loop device another size."""
+    os.truncate(file, size)
+    run("losetup", "--set-capacity", device)
+
+
 def read_image(path: str | Path) -> Image:
     """All bytes of a device or file, past the page cache where that is possible."""
     is_device = Path(path).is_block_device()

@@ -6,10 +6,8 @@ follows, and see a campaign of one round find it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +17,7 @@ from blktrack.ship.record import Record
 from blktrack.tracker import tracker
 from blktrack.units import KIB
 from tests import sectors
-from tests.blockdev import TOP, Lab, read_image, run, told, write_direct
+from tests.blockdev import TOP, Lab, read_image, resize, told, write_direct
 from tests.campaign import OTHERS, SIZE, SYNCS, Campaign, Situation, points, reaching
 from tests.test_oracle import fill
 
@@ -126,11 +124,6 @@ def test_a_growth_that_died_and_was_taken_back(shared: Lab) -> None:
     done = shared.sync(device, replica)
     assert (done.mode, done.extents, done.bytes_changed) == ("incremental", 1, 4 * KIB)
     assert not sectors.faults(read_image(device), read_image(replica))
-
-
-def resize(device: str, file: Path, size: int) -> None:
-    os.truncate(file, size)
-    run("losetup", "--set-capacity", device)
 
 
 # Steps in a wrong order: file, text, text that replaces it, situation, death, what is found.
