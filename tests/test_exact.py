@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from blktrack import extent, linux
+from blktrack.bpf.kernel import Kernel
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.tracking import Gap
 from blktrack.units import GIB, KIB, MIB, SECTOR
@@ -74,6 +75,10 @@ def _on(path: str, call: Callable[[int, int, int], None], start: int, length: in
 
 
 CHANGES = (write, discard, zero_out)
+
+
+class Death(Exception):
+    """Stands for SIGKILL: nothing that follows is done."""
 
 
 @every_kind
@@ -286,6 +291,34 @@ def test_merged_discards(shared: Lab) -> None:
         assert taken(whole) == [(MIB, count * 8 * KIB)]
         inside = (63 * SECTOR - MIB, count * 8 * KIB)
         assert taken(inner) == granules([inside], 4 * KIB, 32 * MIB)
+
+
+def test_merged_discards_beside_a_slot_that_was_never_linked(
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The walk goes from slot to slot of a disk; a death while one is added must not divert it."""
+    other, disk = shared.loop(MIB), shared.loop(64 * MIB)
+    part = shared.partition(disk, 1, 2 * MIB, 32 * MIB)
+    before = shared.track(other)
+    whole = shared.track(disk, SECTOR)
+    slot = before.state.slot
+    assert slot < whole.state.slot
+    shared.untrack(other)
+
+    relink, calls = Kernel._relink, iter(range(2))
+
+    def die_at_last(kernel: Kernel) -> None:
+        if next(calls):
+            raise Death
+        relink(kernel)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "_relink", die_at_last)
+        with pytest.raises(Death):
+            shared.track(part)
+    merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(23)])
+    assert taken(whole) == [(MIB, 23 * 8 * KIB)]
+    assert shared.track(part).state.slot == slot
 
 
 def test_more_merged_discards_than_can_be_followed(shared: Lab) -> None:

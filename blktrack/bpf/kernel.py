@@ -131,6 +131,7 @@ class Kernel:
             raise BlktrackError(
                 f"{abi.SLOTS} devices are tracked already", hint="untrack one that is not needed"
             )
+        self._relink()  # a death in `remove` may have left the free slot in a chain
         geometry = window.geometry
         fds = []
         try:
@@ -157,6 +158,11 @@ class Kernel:
         entry[free]["whole"] = window.whole
         entry[free]["level"] = geometry.offsets
         entry[free]["plane_words"] = geometry.plane_words
+        # A whole chain leads on from here before the slot is found, so that walks of the disk's
+        # slots (mark_ranges) come by all the others at any time, and whatever dies.
+        same = [s for s in self._used(window.kind) if self._disk(window.kind, s) == window.disk]
+        entry[free]["next"] = min((s for s in same if s > free), default=abi.SLOTS)
+        entry[free]["first"] = min([*same, free])
         self._windows["dev"][0, window.kind, free] = window.disk
         self._relink()
         return free
@@ -175,18 +181,23 @@ class Kernel:
         if not self._windows["dev"].any():
             remove(self.root)
 
+    def _used(self, kind: int) -> list[int]:
+        return np.flatnonzero(self._windows["dev"][0, kind]).tolist()
+
+    def _disk(self, kind: int, slot: int) -> int:
+        return int(self._windows["dev"][0, kind, slot])
+
     def _relink(self) -> None:
         """Chain the slots of each disk and bound the programs' search."""
-        devices = self._windows["dev"][0]
         entry = self._windows["window"][0]
         for kind in BY_KIND:
-            used = np.flatnonzero(devices[kind])
-            for slot in used.tolist():
-                same = [s for s in used.tolist() if devices[kind][s] == devices[kind][slot]]
+            used = self._used(kind)
+            for slot in used:
+                same = [s for s in used if self._disk(kind, s) == self._disk(kind, slot)]
                 after = [s for s in same if s > slot]
                 entry[slot]["next"] = after[0] if after else abi.SLOTS
                 entry[slot]["first"] = same[0]
-            self._windows["count"][0, kind] = used[-1] + 1 if len(used) else 0
+            self._windows["count"][0, kind] = used[-1] + 1 if used else 0
 
     def planes(self, slot: int, geometry: Geometry) -> tuple[Planes, Planes]:
         """The active and the retired inner map of a slot."""
