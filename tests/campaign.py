@@ -31,7 +31,7 @@ from tests.workload import RawMix, next_sequence
 
 SIZE = 8 * MIB
 LARGEST = 3 * SIZE  # to which it may grow
-UNTRACKED = "it was untracked"
+UNTRACKED, REPAIR = "it was untracked", "repair was asked for"
 
 Strike = Callable[..., None]  # of a command, given by its words
 Situation = Callable[["Campaign", Strike], None]
@@ -288,6 +288,11 @@ class Campaign:
         doubts = [doubt["reason"] for doubt in reversed(status["doubts"])][self._past :]
         assert set(doubts) <= {UNTRACKED}, doubts
         assert len(doubts) <= self._doubts, doubts
+        # Those of the commands that were struck and lived count as well.
+        for link in status["links"]:
+            if link["target"] in self.targets:
+                resyncs = [resync["reason"] for resync in link["resyncs"]]
+                assert set(resyncs) <= {UNTRACKED, REPAIR}, resyncs
 
     # What situations are made of.
 
