@@ -98,7 +98,10 @@ class Round:
                     raise ResyncNeeded(
                         f"{link.target} needs a resync: {reason}", hint="run it without --no-resync"
                     )
-                sets = sets or LinkSets(tracking, link, create=True)
+                if sets is None:
+                    # Known before it has sets: none are left behind that nobody looks at.
+                    self.store.save_link(self.number, link)
+                    sets = LinkSets(tracking, link, create=True)
                 if mode == "incremental" or resumed:
                     extents = sets.take()
                 else:

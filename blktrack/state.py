@@ -30,8 +30,8 @@ replaced in one step, so a process may die between any two stores. What is then 
   second. Died before the last: the first slot is in force, the second nobody's, all is done again.
 - stop: LINK.rest, rest.json, device.json says resting, the slot goes. Died before resting: it is
   tracked on. After: at rest, with a slot that is nobody's.
-- start: slot, sets, epoch.json, device.json says not resting, the rest goes. Died before that: at
-  rest, and what was written since the slot died with it is found by the kernel's count of sectors.
+- start: sets, slot, epoch.json, device.json says not resting, the rest goes. Died before that: at
+  rest; what was written since, with the slot nobody's, is found by the kernel's count of sectors.
 - end: device.json has the doubt and no generation. Whatever of it is left is never looked at again.
 """
 

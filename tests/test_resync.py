@@ -117,7 +117,7 @@ def test_a_resync_goes_on_where_it_stopped(shared: Lab) -> None:
         with pair.file.open("r+b") as replica:
             replica.seek(offset)
             replica.write(bytes(4 * KIB))
-    running = start(shared, "sync", pair.source, pair.file, "--limit", "8M")
+    running = start(shared, "sync", pair.source, pair.file, "--limit", "3M")
     with pair.file.open("rb") as image:
 
         def mended() -> bool:

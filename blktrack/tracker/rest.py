@@ -70,21 +70,31 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
             raise Gap("what it was stopped with is gone")
         if device.size < state.size or device.start != state.start:
             raise Gap("it was resized or moved while it was stopped")
-        kept = {path.stem: _kept(path) for path in store.lib(state.id).glob("*.rest")}
+        _restore(store, state)
         with claimed(device) as fd:
             epoch = Epoch(state.generation, number=rest.epoch)
             window = generation.window_of(device, state.size, state.granularity)
             generation.occupy(store, state, device, window, epoch)
+            store.save_epoch(state.id, epoch)
             crash.point("start-attached")
             if reason := _changed(device, rest, fd):
                 raise Gap(reason)
+            state.resting, state.diskseq = False, device.diskseq
+            state.boot_id, state.release = boot_id(), os.uname().release
+            store.save_device(state)
+            crash.point("start-recorded")
     except (Gap, InUse) as error:
         generation.end(store, state, f"stopped, and when tracking was to go on {error}")
         store.drop_rest(state.id)
         raise Gap(f"{device.path}: {state.doubts[-1].reason}") from error
+    store.drop_rest(state.id)
+
+
+def _restore(store: Store, state: DeviceState) -> None:
+    """The sets of every link, from what was kept. Gap if that is damaged."""
     words = bitmap.words_for(bitmap.granules_for(state.size, state.granularity))
-    for link, found in kept.items():
-        folder = store.link_run(state.id, link)
+    for path in store.lib(state.id).glob("*.rest"):
+        found, folder = _kept(path), store.link_run(state.id, path.stem)
         BitFile(folder / "shipping", words, create=True).close()
         # Drains find a link by `pending`, so that comes last.
         with BitFile(folder / "pending", words, create=True) as pending:
@@ -92,13 +102,7 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
             pending.reserve(index)
             bitmap.or_into(pending.words, found, index)
     BitFile(store.run(state.id) / "settling", words, create=True).close()
-    store.save_epoch(state.id, epoch)
     crash.point("start-restored")
-    state.resting, state.diskseq = False, device.diskseq
-    state.boot_id, state.release = boot_id(), os.uname().release
-    store.save_device(state)
-    crash.point("start-recorded")
-    store.drop_rest(state.id)
 
 
 def _changed(device: BlockDevice, rest: Rest, fd: int) -> str:

@@ -112,7 +112,7 @@ def _link_status(
     pending = None
     if tracking is not None and live is not None:
         found = _pending(tracking, link, live)
-        pending = min(bitmap.count(found) * state.granularity, state.size)
+        pending = extent.total(bitmap.extents(found, state.granularity, state.size))
     return LinkStatus(
         target=link.target,
         name=link.name,

@@ -17,7 +17,7 @@ from blktrack.bitmap import Words
 from blktrack.bpf import abi
 from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
 from blktrack.errors import BlktrackError
-from blktrack.state import DeviceState, Store
+from blktrack.state import DeviceState, Epoch, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import account, doubt
 from blktrack.tracker.account import Account
@@ -68,7 +68,7 @@ class Tracking:
             reason = f"its state in {store.run(state.id)} is gone"
         if reason is None:
             try:
-                reason = self._open()
+                reason = self._open() or self._lost(epoch)
             except Detached as error:
                 reason = str(error)
         if reason is not None:
@@ -97,6 +97,14 @@ class Tracking:
             return reason
         self.active, self.retired = self.kernel.planes(self.state.slot, self.window.geometry)
         return doubt.of_window(self.state, self.kernel, {self.active.id, self.retired.id})
+
+    def _lost(self, epoch: Epoch | None) -> str | None:
+        """What the programs or the kernel have counted as lost by now."""
+        assert self.kernel and epoch
+        submit, complete = (self.programs[name] for name in BY_KIND[self.window.kind])
+        return doubt.of_counters(
+            self.kernel.stats(self.state.slot), growing=self.grown
+        ) or doubt.of_misses(epoch, submit, complete, bio=self.bio)
 
     @property
     def words(self) -> int:
