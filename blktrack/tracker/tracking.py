@@ -127,8 +127,8 @@ class Tracking:
         # Read before the swap: what is missed from here on counts for the next epoch too.
         submit, complete = self._program_pair()
         before = self._account()
+        at = time.time()  # what completed before belongs to the epoch; the swap takes a moment
         self.kernel.swap(self.state.slot, self.retired)
-        at = time.time()
         crash.point("drain-swapped")
         self.active, self.retired = self.retired, self.active
         self._absorb()
