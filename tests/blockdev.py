@@ -102,12 +102,19 @@ class Lab:
             folder = self.name("lab")
             folder.mkdir()
             stack.callback(shutil.rmtree, folder)
+            stack.callback(self._forget, before)
             try:
                 yield Lab(folder, stack)
             finally:
                 for state in self.store.devices():
                     if state.wanted and state.id not in before:
                         tracker.untrack(self.store, state.path)
+
+    def _forget(self, known: set[str]) -> None:
+        """The next device of a name is another one, with replicas of its own."""
+        for state in self.store.devices():
+            if state.id not in known:
+                shutil.rmtree(self.store.lib(state.id))
 
     def name(self, kind: str) -> Path:
         self._files += 1
@@ -238,8 +245,13 @@ def told(line: str) -> None:
 
 
 def pytest_configure() -> None:
-    """A session that is told to end takes its devices with it."""
+    """A run that is told to end takes its devices with it.
+
+    What a shell has started with & or nohup ignores signals, and so would all that tests start.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
