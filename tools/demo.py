@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from blktrack.units import MIB, format_duration, format_rate, format_size
 
 DISK = 1024 * MIB
 FILES, FILE_SIZE = 48, 8 * MIB
+PATIENCE = 30.0  # seconds for a file system to be gone after umount
 console = Console(highlight=False)
 
 
@@ -129,6 +131,19 @@ def settle(seconds: float, work: Workload) -> None:
         time.sleep(0.05)
 
 
+def wait_until_unused(disk: str) -> None:
+    """A mount namespace made meanwhile keeps a file system; its last writes come with its end."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            os.close(os.open(disk, os.O_RDONLY | os.O_EXCL))
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise Failed(f"{disk} is still in use: {error.strerror}") from error
+        time.sleep(0.05)
+
+
 def full_copy(disk: str, folder: Path) -> float:
     """Seconds that a plain copy of everything takes, for comparison."""
     copy = folder / "full-copy.img"
@@ -196,6 +211,7 @@ def demonstrate(folder: Path, cleanup: contextlib.ExitStack) -> None:
     work.stop()
     settle(0, work)
     run("umount", str(mount))
+    wait_until_unused(disk)
     console.print(f"workload stopped after {work.rows} rows; file system unmounted")
     syncs.append(("3: incremental, quiet", blktrack("sync", disk, str(replica))))
     syncs.append(("4: nothing changed", blktrack("sync", disk, str(replica))))
