@@ -84,7 +84,7 @@ class Round:
                 resumed = (
                     link.phase == mode
                     and link.filled == tracking.state.generation
-                    and self.replica.record is not None
+                    and self.replica.existing_state is State.UNFINISHED
                     and not self.replica.changed
                 )
                 sets = None
@@ -168,6 +168,8 @@ class Round:
             return "resync", reason
         if record.lacks(self.link.cursor):
             return "resync", "the replica is not at the point that it was brought to"
+        if self.link.phase == "incremental" and record.state is State.READY:
+            return "resync", "the replica went back to a point that a sync had begun to leave"
         return "incremental", ""
 
     def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> tuple[str, Copied]:
@@ -193,7 +195,7 @@ class Round:
                 mode=Mode.REPAIR if plan.mode == "resync" else Mode.COPY,
                 granularity=max(sets.granularity, 4096),
                 progress=observer.done,
-                checkpoint=sets.shipped,
+                checkpoint=lambda done: self._shipped(plan, sets, done),
                 read_done=read_done,
                 stop=self.options.stop,
                 limit=self.options.limit,
@@ -201,13 +203,22 @@ class Round:
             )
         return level, copied
 
+    def _shipped(self, plan: Plan, sets: LinkSets, done: ExtentArray) -> None:
+        """These are durable on the replica, which from here on must not be found at its old point:
+        the link notes so before it forgets them."""
+        if plan.mode == "incremental" and self.link.phase != "incremental":
+            self.link.phase = "incremental"
+            self.store.save_link(self.number, self.link)
+            crash.point("ship-noted")
+        sets.shipped(done)
+
     def commit(self, point: Point, sets: LinkSets) -> None:
-        """Replica first, then what the link no longer has to ship, then the link."""
+        """Replica first, then the link, then what the link no longer has to ship."""
         self.replica.commit(point)
         crash.point("commit-replica")
-        sets.all_shipped()
-        crash.point("commit-sets")
         self.link.cursor = point
         self.link.phase = self.link.filled = self.link.reason = ""
         self.store.save_link(self.number, self.link)
         crash.point("commit-link")
+        sets.all_shipped()
+        crash.point("commit-sets")

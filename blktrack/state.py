@@ -22,10 +22,12 @@ replaced in one step, so a process may die between any two stores. What is then 
   change places in one step. Died before: shipped from both, once.
 - fill: all bits of `shipping` are set, `pending` is cleared, LINK.json says so. Died before the
   last: more is shipped than had to be, and filled again.
-- ship: the replica's record says between two points, data, flush, bits of `shipping` are cleared.
-  Died before the last: shipped again.
-- commit: the replica's record says its point, `shipping` is cleared, LINK.json has the cursor. Died
-  before the last: the replica is ahead of its link, which then follows it.
+- ship: the replica's record says between two points, data, flush, LINK.json says that it was left,
+  bits of `shipping` are cleared. Died before the last: shipped again. A replica that is at its old
+  point after that was put back there, and is compared.
+- commit: the replica's record says its point, LINK.json has the cursor, `shipping` is cleared. Died
+  before the second: the replica is ahead of its link, which follows it. Before the last: shipped
+  again.
 - grow: a second slot, a last drain of the first, longer sets, epoch.json, device.json names the
   second. Died before the last: the first slot is in force, the second nobody's, all is done again.
 - stop: LINK.rest, rest.json, device.json says resting, the slot goes. Died before resting: it is
@@ -114,7 +116,9 @@ class LinkState:
     name: str
     target: str
     cursor: Point | None = None  # the last point that the replica committed
-    phase: str = ""  # "initial" or "resync" while one is under way
+    phase: str = (
+        ""  # what is under way: "initial", "resync", "incremental" once bits were forgotten
+    )
     filled: str = ""  # generation in which `shipping` was filled for that phase
     reason: str = ""  # why a resync
     doubts: list[Doubt] = field(default_factory=list)  # of the replica, newest last

@@ -184,6 +184,10 @@ def written_where_it_was_written_last(host: Host) -> None:
     host.reboot(lambda: host.write_elsewhere(MIB))
 
 
+def uncounted(host: Host) -> None:
+    Path(f"/sys/block/{Path(host.device).name}/queue/iostats").write_text("0")
+
+
 def shrunk(host: Host) -> None:
     host.reboot(lambda: os.truncate(host.file, SIZE - MIB))
 
@@ -203,6 +207,7 @@ def sets_damaged(host: Host) -> None:
         (written_in_the_same_boot, "4 KiB had been written to it"),
         (written_by_another_system, "its content was another"),
         (written_where_it_was_written_last, "its content was another"),
+        (uncounted, "keeps no count of its writes"),
         (shrunk, "resized or moved"),
         (sets_damaged, "was damaged"),
     ],

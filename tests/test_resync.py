@@ -44,6 +44,10 @@ class Pair:
         self.keep()
         self.change(MIB)
         self.lab.sync(self.source, self.file)
+        self.restore()
+
+    def restore(self) -> None:
+        """As it was kept; the name leads to the same inode."""
         shutil.copytree(f"{self._kept}.blktrack", f"{self.file}.blktrack", dirs_exist_ok=True)
         shutil.copy2(self._kept, self.file)
 
@@ -160,3 +164,42 @@ def test_a_replica_that_is_gone_is_copied_anew(shared: Lab) -> None:
     done = shared.sync(pair.source, pair.file)
     assert (done.mode, done.reason) == ("initial", "the replica is new")
     assert Path(pair.file).stat().st_size == SIZE
+
+
+def interrupted(lab: Lab, pair: Pair, *words: str) -> None:
+    """A sync of the file that ships some of what it has to, and is then told to end."""
+    before = read_image(pair.file)
+    running = start(lab, "sync", pair.source, pair.file, "--limit", "3M", *words)
+    wait_until(lambda: bool((read_image(pair.file) != before).any()), "some of it to be shipped")
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    assert running.returncode == 130
+
+
+def test_a_replica_that_went_back_from_the_middle_of_an_increment(shared: Lab) -> None:
+    """It is at the very point of its link; what the sync had shipped is known nowhere else."""
+    pair = Pair(shared)
+    pair.keep()
+    for number in range(24):
+        pair.change(number * MIB, number + 1)
+        write_direct(pair.source, number * MIB + 64 * KIB, bytes(512 * KIB))
+    interrupted(shared, pair)
+    pair.restore()
+    done = shared.sync(pair.source, pair.file)
+    assert not sectors.faults(read_image(pair.source), read_image(pair.file))
+    assert done.mode == "resync"
+    assert "went back" in done.reason
+
+
+def test_a_replica_that_went_back_from_the_middle_of_a_resync(shared: Lab) -> None:
+    pair = Pair(shared)
+    for number in range(0, 32, 4):
+        pair.change(number * MIB, number + 1)
+    pair.keep()
+    with pair.file.open("r+b") as replica:
+        replica.seek(30 * MIB)
+        replica.write(bytes(4 * KIB))
+    interrupted(shared, pair)
+    pair.restore()
+    shared.sync(pair.source, pair.file)
+    assert not sectors.faults(read_image(pair.source), read_image(pair.file))

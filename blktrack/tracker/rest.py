@@ -32,6 +32,8 @@ def put_to_rest(tracking: Tracking) -> None:
     """Store what is pending and stop tracking. InUse, and nothing changed, if it is not quiet."""
     store, state, device = tracking.store, tracking.state, tracking.device
     with claimed(device) as fd:
+        if uncounted := _uncounted(device):
+            raise InUse(uncounted)
         generation.wait_for_bios(device)
         written = fingerprint.sectors_written(device)
         recent = bitmap.extents(tracking.live(), state.granularity, state.size)
@@ -107,6 +109,8 @@ def _restore(store: Store, state: DeviceState) -> None:
 
 def _changed(device: BlockDevice, rest: Rest, fd: int) -> str:
     """What tells that the device was written since it was put to rest; "" if nothing does."""
+    if uncounted := _uncounted(device):
+        return uncounted
     before = rest.written if rest.boot_id == boot_id() else 0
     if count := fingerprint.sectors_written(device) - before:
         size = format_size(abs(count) * SECTOR)
@@ -116,6 +120,13 @@ def _changed(device: BlockDevice, rest: Rest, fd: int) -> str:
             return "its content was another"
     except OSError as error:
         return f"it could not be read ({error.strerror or error})"
+    return ""
+
+
+def _uncounted(device: BlockDevice) -> str:
+    """Why the count of sectors is no witness; "" if it is. Drivers of bios count regardless."""
+    if device.request_based and device.queue_number("iostats") != 1:
+        return "the kernel keeps no count of its writes (queue/iostats is 0)"
     return ""
 
 
