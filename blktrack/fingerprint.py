@@ -3,7 +3,8 @@
 Whoever uses a device writes to its ends, where super blocks, labels and partition tables are, and
 again where it wrote last: journals, logs, allocation tables. These places are read and digested,
 and a few evenly spread ones. A single block changed in the middle, by hand, can escape them; within
-a boot the kernel's count of sectors written does not let it.
+a boot the kernel's count of sectors written does not let it, but for a partition written through
+its whole disk, which counts such writes as its own alone.
 """
 
 from __future__ import annotations
