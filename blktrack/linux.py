@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # asm/ioctl.h: a few machines spell "no argument" 1 and have a 13-bit size.
 _ODD = platform.machine().startswith(("ppc", "mips", "sparc", "alpha"))
-_IOC_NONE, _IOC_READ = (1, 2) if _ODD else (0, 2)
+_IOC_NONE, _IOC_READ, _IOC_WRITE = (1, 2, 4) if _ODD else (0, 2, 1)
 _DIRSHIFT = 29 if _ODD else 30
 
 
@@ -40,6 +40,8 @@ BLKSSZGET = _ioc(_IOC_NONE, 0x12, 104, 0)
 BLKGETSIZE64 = _ioc(_IOC_READ, 0x12, 114, ctypes.sizeof(ctypes.c_size_t))
 BLKDISCARD = _ioc(_IOC_NONE, 0x12, 119, 0)
 BLKZEROOUT = _ioc(_IOC_NONE, 0x12, 127, 0)
+_CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range
+FICLONERANGE = _ioc(_IOC_WRITE, 0x94, 13, _CLONE_RANGE.size)
 
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -115,6 +117,11 @@ def punch_hole(fd: int, start: int, length: int) -> None:
 def zero_range(fd: int, start: int, length: int) -> None:
     """Make a range read as zeroes, keeping its space."""
     _allocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, start, length)
+
+
+def clone_range(source: int, start: int, length: int, fd: int, at: int) -> None:
+    """Let a range of the file `fd` share the blocks of a range of the file `source`, holes too."""
+    fcntl.ioctl(fd, FICLONERANGE, _CLONE_RANGE.pack(source, start, length, at))
 
 
 def exchange(one: os.PathLike[str], other: os.PathLike[str]) -> None:

@@ -24,6 +24,7 @@ def test_numbers_are_the_kernels() -> None:
     assert linux.BLKFLSBUF == 0x1261
     assert linux.BLKDISCARD == 0x1277
     assert linux.BLKZEROOUT == 0x127F
+    assert linux.FICLONERANGE == 0x4020940D
 
 
 @pytest.mark.needs("root", "loop")
