@@ -73,9 +73,28 @@ def check(target: Target, source: BlockDevice, *, writable: bool = True) -> None
     """Refused if the target is in use, is part of the source or cannot hold it."""
     if target.device is not None:
         _check_relation(target.name, target.device, source)
-        _check_device(target.name, target.device, source, writable=writable)
+        _check_device(target.name, target.device, source)
     else:
-        _check_file(target, source, writable=writable)
+        _check_file(target, source)
+    if writable:
+        check_idle(target)
+
+
+def check_idle(target: Target) -> None:
+    """Refused if the target is read-only, or in use as far as can be seen."""
+    name, device = target.name, target.device
+    if device is not None:
+        if why := in_use(device):
+            raise Refused(f"{name} {why}", hint=f"release it (umount, swapoff, …), or {_OTHER}")
+        if device.read_only or device.disk.read_only:
+            raise Refused(f"{name} is read-only", hint=f"blockdev --setrw {name}, or {_OTHER}")
+        return
+    path = Path(target.path)
+    if loops := loops_backed_by(path):
+        names = ", ".join(f"/dev/{loop}" for loop in loops)
+        raise Refused(f"{name} is attached to {names}", hint=f"losetup -d {names}, or {_OTHER}")
+    if target.exists and any(os.path.samefile(swap, path) for swap in _swaps()):
+        raise Refused(f"{name} is used as swap", hint=f"swapoff {name}, or {_OTHER}")
 
 
 def _check_relation(name: str, device: BlockDevice, source: BlockDevice) -> None:
@@ -96,7 +115,7 @@ def _check_relation(name: str, device: BlockDevice, source: BlockDevice) -> None
         raise Refused(f"{name} {reason}", hint=_OTHER)
 
 
-def _check_device(name: str, device: BlockDevice, source: BlockDevice, *, writable: bool) -> None:
+def _check_device(name: str, device: BlockDevice, source: BlockDevice) -> None:
     if device.size < source.size:
         raise Refused(
             f"{name} is too small: {format_size(device.size)} ({device.size} bytes) for a source of"
@@ -109,12 +128,6 @@ def _check_device(name: str, device: BlockDevice, source: BlockDevice, *, writab
             " it cannot take every change",
             hint="use a file as the replica, or a device with smaller logical blocks",
         )
-    if not writable:
-        return
-    if why := in_use(device):
-        raise Refused(f"{name} {why}", hint=f"release it (umount, swapoff, …), or {_OTHER}")
-    if device.read_only or device.disk.read_only:
-        raise Refused(f"{name} is read-only", hint=f"blockdev --setrw {name}, or {_OTHER}")
 
 
 def in_use(device: BlockDevice) -> str:
@@ -130,20 +143,13 @@ def in_use(device: BlockDevice) -> str:
     return ""
 
 
-def _check_file(target: Target, source: BlockDevice, *, writable: bool) -> None:
+def _check_file(target: Target, source: BlockDevice) -> None:
     name, path = target.name, Path(target.path)
     for device in holding(path if target.exists else path.parent):
         if source.number in numbers([device, *below(device)]):
             raise Refused(
                 f"{name} lies on a file system that is on the source {source.path}", hint=_OTHER
             )
-    if not writable:
-        return
-    if loops := loops_backed_by(path):
-        names = ", ".join(f"/dev/{loop}" for loop in loops)
-        raise Refused(f"{name} is attached to {names}", hint=f"losetup -d {names}, or {_OTHER}")
-    if target.exists and any(os.path.samefile(swap, path) for swap in _swaps()):
-        raise Refused(f"{name} is used as swap", hint=f"swapoff {name}, or {_OTHER}")
 
 
 def _swaps() -> list[str]:
