@@ -18,8 +18,9 @@ from blktrack.errors import BlktrackError, Busy, Refused, UsageError
 from blktrack.point import Point
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import EndError, open_end
+from blktrack.ship.place import inspect
 from blktrack.ship.record import State
-from blktrack.ship.replica import Replica, inspect
+from blktrack.ship.replica import Replica
 from blktrack.ship.stack import below, unescape
 from blktrack.ship.target import signature
 from blktrack.sysfs import BlockDevice

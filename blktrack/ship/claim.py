@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
 
-from blktrack.durable import sync_directory
+from blktrack.durable import lock, sync_directory
 from blktrack.errors import Refused
-from blktrack.ship.endpoint import DeviceEnd, EndError, FileEnd
+from blktrack.ship.endpoint import DeviceEnd, EndError, Endpoint, FileEnd
 from blktrack.ship.target import Target, in_use
-from blktrack.sysfs import BlockDevice
+
+
+def take(
+    target: Target, lock_file: Path, held: contextlib.ExitStack, *, size: int, writable: bool
+) -> tuple[Endpoint, bool]:
+    """The target for this run alone until `held` is left, and whether its file was made for it.
+
+    lock_file -- held besides a device, whose claim does not keep readers apart.
+    size -- of the source, to which a new file is made; one that is only read is as large.
+    """
+    if target.device is not None:
+        held.enter_context(lock(lock_file, what=f"replica {target.name}"))
+        end: Endpoint = open_device(target, writable=writable)
+        created = False
+    else:
+        end, created = open_file(target, size, writable=writable)
+    held.callback(end.close)
+    return end, created
 
 
 def open_device(target: Target, *, writable: bool) -> DeviceEnd:
@@ -26,7 +44,7 @@ def open_device(target: Target, *, writable: bool) -> DeviceEnd:
     return end
 
 
-def open_file(target: Target, source: BlockDevice, *, writable: bool) -> tuple[FileEnd, bool]:
+def open_file(target: Target, size: int, *, writable: bool) -> tuple[FileEnd, bool]:
     """The file, created sparse if it is absent, and whether it was."""
     created = False
     try:
@@ -44,14 +62,14 @@ def open_file(target: Target, source: BlockDevice, *, writable: bool) -> tuple[F
         raise _refusal(target, error) from error
     if created:
         try:
-            end.resize(source.size)
+            end.resize(size)
         except EndError as error:
             end.close()
             os.unlink(target.path)
             raise Refused(str(error), hint=error.hint) from error
-    if not writable and end.size < source.size:
+    if not writable and end.size < size:
         end.close()
-        raise Refused(f"{target.name} is smaller than {source.path}", hint="sync to it first")
+        raise Refused(f"{target.name} is smaller than its source", hint="sync to it first")
     return end, created
 
 

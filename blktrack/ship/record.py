@@ -115,6 +115,9 @@ class Record:
     state: State
     point: Point | None  # while APPLYING the one that is being left
     seal: Seal
+    # The point of a staged increment while APPLYING it, and as `inspect` tells of a READY replica,
+    # while it waits.
+    next: Point | None = None
 
     def lacks(self, point: Point) -> bool:
         """Whether the replica was never brought to this point, or went back behind it."""
@@ -142,13 +145,14 @@ class Record:
                 raise BlktrackError(
                     f"{path} was written by a newer blktrack", hint="upgrade blktrack on this host"
                 )
-            point = value["point"]
+            point, following = value["point"], value.get("next")
             return cls(
                 link=str(value["link"]),
                 source=_known(Origin, value["source"]),
                 state=State(value["state"]),
                 point=_known(Point, point) if point is not None else None,
                 seal=_known(Seal, value["seal"]),
+                next=_known(Point, following) if following is not None else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BlktrackError(

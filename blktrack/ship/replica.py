@@ -5,57 +5,57 @@
     /dev/...                                a replica device, claimed (O_EXCL) while in use
     <lib>/replicas/ID/replica.json          its record; ID follows the device, not its name
     <run>/replicas/ID.lock                  held while in use
+    incoming.img, .extents, .json           beside the record: a staged increment, see `stage`
 
-`begin` records that the bytes are about to leave their point before the first of them does, and
-`commit` makes all bytes durable before it records the new point. So after a crash the record either
-names the point that the bytes are at, or says that they are at none (UNFINISHED) or between two
-(APPLYING). A file that was created and never begun is removed; one that a crash leaves is empty,
-and as good as absent.
+An increment is staged beside the replica and sealed, which commits it, then applied: see `apply`.
+A crash before the seal leaves the old point and nothing else; one after it leaves what `open`
+finishes before anything else. So whoever opened a replica to write it has it at one point, the old
+or the new, unless `changed` says why not.
+
+Copies in place have no point to protect: initial ones and resyncs. `begin` records that the bytes
+are about to leave their point before the first of them does, and `commit` makes all bytes durable
+before it records the new point. So after a crash the record either names the point that the bytes
+are at, or says that they are at none (UNFINISHED) or between two (APPLYING). A file that was
+created and never begun is removed; one that a crash leaves is empty, and as good as absent.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
 import uuid
-from pathlib import Path
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from blktrack import crash, linux
+from blktrack import linux
 from blktrack.config import Paths
-from blktrack.durable import lock
 from blktrack.errors import Refused
 from blktrack.point import Point
-from blktrack.ship.claim import open_device, open_file
+from blktrack.ship.apply import apply, settle
+from blktrack.ship.claim import take
 from blktrack.ship.endpoint import Endpoint, FileEnd
-from blktrack.ship.record import Origin, Record, Seal, State, edges
+from blktrack.ship.place import Place, folder_of, lock_of
+from blktrack.ship.record import Origin, Record, Seal, State
+from blktrack.ship.stage import Stage, discard
 from blktrack.ship.target import Signature, Target, check, signature
-from blktrack.sysfs import BlockDevice, boot_id
-
-RECORD = "replica.json"
+from blktrack.sysfs import BlockDevice
 
 
 class Replica:
     """An open target that may be written for this source. Made by `open`; a context manager."""
 
-    target: Target
-    end: Endpoint  # where the bytes go
     link: str
-    record: Record | None  # as found, then as last written; None: nothing of ours is there
     changed: str  # why the bytes may not be what the record says; "" if they are
     blank: bool  # all of it is known to read as zeroes
+    finished: Point | None  # to which `open` brought it, from what an earlier run had sealed
 
-    def __init__(self, target: Target, end: Endpoint, source: BlockDevice, folder: Path) -> None:
-        self.target = target
-        self.end = end
+    def __init__(self, place: Place, source: BlockDevice) -> None:
         self.changed = ""
         self.blank = False
-        self.record = None
+        self.finished = None
+        self._place = place
         self._source = source
-        self._folder = folder
         self._created = False  # by this run, and not begun yet
         self._held = contextlib.ExitStack()
 
@@ -81,17 +81,11 @@ class Replica:
         """
         target = Target.find(name)
         check(target, source, writable=writable)
-        folder = _folder(target, paths)
+        folder = folder_of(target, paths)
         with contextlib.ExitStack() as held:
-            if target.device is not None:
-                path = paths.run / "replicas" / f"{folder.name}.lock"
-                held.enter_context(lock(path, what=f"replica {name}"))
-                end: Endpoint = open_device(target, writable=writable)
-                created = False
-            else:
-                end, created = open_file(target, source, writable=writable)
-            held.callback(end.close)
-            replica = cls(target, end, source, folder)
+            lock = lock_of(folder, paths)
+            end, created = take(target, lock, held, size=source.size, writable=writable)
+            replica = cls(Place(target, end, folder), source)
             replica._created = created
             held.callback(replica._forget)
             replica._judge(link, force=force, writable=writable)
@@ -99,8 +93,53 @@ class Replica:
         return replica
 
     @property
+    def target(self) -> Target:
+        return self._place.target
+
+    @property
+    def end(self) -> Endpoint:
+        """Where the bytes go."""
+        return self._place.end
+
+    @property
+    def record(self) -> Record | None:
+        """As found, then as last written; None: nothing of ours is there."""
+        return self._place.record
+
+    @property
     def existing_state(self) -> State | None:
         return self.record.state if self.record else None
+
+    def stage(self) -> Stage:
+        """Begin an increment beside the replica, which stays at its point. An older one is dropped.
+
+        ValueError if the replica is at no point: it is then copied or compared in place.
+        """
+        record = self.record
+        if record is None or record.state is not State.READY or record.point is None:
+            raise ValueError("an increment has no point to start from")
+        if self.changed:
+            raise ValueError(f"an increment for a replica that {self.changed}")
+        folder = self._place.folder
+        return Stage.create(folder, self._source.size, link=self.link, base=record.point)
+
+    def apply(self, stage: Stage, progress: Callable[[int], None] | None = None) -> None:
+        """Bring the replica to the point of a sealed stage, and drop the stage.
+
+        Refused if others wrote to the replica since it was at its point, as `changed` says then,
+        and the stage is dropped. After any other error, or a death, the next `open` goes on.
+        """
+        record = self.record
+        if record is None or stage.point is None or not stage.leads_from(record):
+            raise ValueError("a stage that is not sealed, or not for this replica")
+        if changed := self._place.changed(record):
+            self.changed = changed
+            stage.drop()
+            raise Refused(
+                f"{self.target.name} is not as it was left: {changed}",
+                hint="run blktrack sync: it compares the replica with its source and repairs it",
+            )
+        apply(self._place, stage, Origin.of(self._source, stage.point.generation), progress)
 
     def begin(self, state: State, generation: str) -> None:
         """Record, before the first write, that the replica leaves its point: call it once a run.
@@ -111,22 +150,14 @@ class Replica:
         point = self.record.point if self.record and state is State.APPLYING else None
         if state is State.READY or (state is State.APPLYING and point is None):
             raise ValueError(f"a replica without a point cannot be {state}")
-        origin = Origin.of(self._source, generation)
-        self._write(Record(self.link, origin, state, point, self._seal(digest=False)))
-        self._created = False
-        crash.point("apply-recorded")
-        if isinstance(self.end, FileEnd) and self.end.size != self._source.size:
-            self.end.resize(self._source.size)
-            crash.point("apply-resized")
+        self._place.leave(self.link, Origin.of(self._source, generation), state, point)
+        discard(self._place.folder)  # whatever is staged starts from a point that is left
 
     def commit(self, point: Point) -> None:
         """Make the bytes durable, then record that they are at `point`."""
         if self.record is None:
             raise ValueError("commit without begin")
-        self.end.flush()
-        crash.point("commit-flushed")
-        origin = Origin.of(self._source, point.generation)
-        self._write(Record(self.link, origin, State.READY, point, self._seal(digest=True)))
+        self._place.arrive(self.link, Origin.of(self._source, point.generation), point)
         self.changed = ""
 
     def close(self) -> None:
@@ -143,28 +174,17 @@ class Replica:
     ) -> None:
         self.close()
 
-    def _write(self, record: Record) -> None:
-        record.write(self._folder / RECORD)
-        self.record = record
-
     def _forget(self) -> None:
         """Remove the file that this run made and never began to fill."""
-        if self._created:
+        if self._created and not self._place.written:
             with contextlib.suppress(OSError):
                 os.unlink(self.target.path)
 
-    def _seal(self, *, digest: bool) -> Seal:
-        sum_ = edges(self.end) if digest else ""
-        if isinstance(self.end, FileEnd):
-            return Seal.of_file(os.fstat(self.end.fileno()), sum_)
-        assert self.target.device is not None
-        return Seal.of_device(self.target.device, sum_)
-
     def _judge(self, link: str | None, *, force: bool, writable: bool) -> None:
         """Whose it is, and whether it is as it was left. Refused if it is not ours to write."""
-        record = Record.read(self._folder / RECORD)
+        record = self._place.read()
         if record is not None:
-            now = self._seal(digest=bool(record.seal.digest))
+            now = self._place.seal(digest=bool(record.seal.digest))
             if self._is_gone(record.seal, now):
                 record = None
             elif reason := self._belongs(record, link):
@@ -178,13 +198,21 @@ class Replica:
                 self.changed = record.changed(now)
                 if record.seal.digest not in ("", now.digest) and writable and not force:
                     self._refuse_stranger()
+                if writable:
+                    record = self._settle(record)
                 if link is None and not self.changed:
                     self.changed = "its link was not known here"
         self.link = record.link if record else link or str(uuid.uuid4())
-        self.record = record
+        self._place.record = record
         self.blank = self._created or (isinstance(self.end, FileEnd) and not _has_data(self.end))
         if record is None and writable and not force:
             self._refuse_content()
+
+    def _settle(self, record: Record) -> Record:
+        """Finish or drop what an earlier run staged; the record then."""
+        self._place.record = record
+        self.finished, self.changed = settle(self._place, self.changed)
+        return self._place.record
 
     def _is_gone(self, seal: Seal, now: Seal) -> bool:
         """Whether another file stands where the replica was. A copy of the replica counts as it."""
@@ -224,31 +252,6 @@ class Replica:
                 f"{name} is a file with data in it, and not a replica of {self._source.path}",
                 hint="choose another name, or --force to overwrite it",
             )
-
-
-def inspect(name: str, paths: Paths) -> tuple[Record | None, str]:
-    """The record of a target, None if it has none, and what seems to have happened to it since.
-
-    Opens and locks nothing, and so sees no more than sizes, times and counters.
-    """
-    target = Target.find(name)
-    record = Record.read(_folder(target, paths) / RECORD)
-    if record is None:
-        return None, "" if target.exists else "it is gone"
-    if not target.exists:
-        return record, "it is gone"
-    if target.device is not None:
-        return record, record.changed(Seal.of_device(target.device, record.seal.digest))
-    return record, record.changed(Seal.of_file(os.stat(target.path), record.seal.digest))
-
-
-def _folder(target: Target, paths: Paths) -> Path:
-    device = target.device
-    if device is None:
-        return Path(f"{target.path}.blktrack")
-    name = device.permanent_name or f"{device.name}:{device.diskseq}:{boot_id()}"
-    words = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")[:40]
-    return paths.lib / "replicas" / f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _has_data(end: FileEnd) -> bool:

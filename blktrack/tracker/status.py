@@ -12,7 +12,7 @@ from blktrack.bitmap import Words
 from blktrack.errors import BlktrackError, UsageError
 from blktrack.point import Point
 from blktrack.report import DeviceStatus, ExtentsReport, LinkStatus, Past
-from blktrack.ship.replica import inspect
+from blktrack.ship.place import inspect
 from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import doubt

@@ -1,0 +1,136 @@
+"""A sealed stage becomes the replica: all of it, now or at the next touch.
+
+The steps: the record says APPLYING, from which point and to which; the overlay's extents come into
+the replica; they are made durable; the record says READY at the new point; the stage is dropped.
+A death before the first leaves the replica at its old point, with the stage sealed: the next touch
+begins here. After the first the next touch does all of it again, from a stage that nothing changes,
+so it does not matter how far the dead one came. After the record is READY the stage leads from a
+point that the replica has left, and is dropped.
+
+A stage goes only into the very bytes that it was made for. While the record is READY the replica's
+seal tells whether others wrote to it since; then the stage is dropped, and a resync is due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from blktrack import crash
+from blktrack.config import Paths
+from blktrack.errors import BlktrackError, CopyFailed, Refused
+from blktrack.extent import total
+from blktrack.point import Point
+from blktrack.ship.claim import take
+from blktrack.ship.copy import copy
+from blktrack.ship.endpoint import FileEnd
+from blktrack.ship.header import StageDamaged
+from blktrack.ship.place import RECORD, Place, folder_of, lock_of
+from blktrack.ship.record import Origin, Record, State
+from blktrack.ship.reflink import share
+from blktrack.ship.stage import Stage, discard, is_left
+from blktrack.ship.target import Target, check_idle
+from blktrack.units import format_size
+
+_LOST = "it was left between two points, and the increment between them is gone"
+
+
+def apply(
+    place: Place, stage: Stage, source: Origin, progress: Callable[[int], None] | None = None
+) -> None:
+    """Bring the replica to the point of a sealed stage, and drop the stage."""
+    assert stage.point is not None
+    if not isinstance(place.end, FileEnd) and place.end.size < stage.size:
+        raise Refused(
+            f"{place.target.name} is too small: {format_size(place.end.size)} for an increment of a"
+            f" source of {format_size(stage.size)}",
+            hint="choose a replica at least as large as the source",
+        )
+    source = replace(source, size=stage.size)
+    place.leave(stage.link, source, State.APPLYING, stage.base, stage.point)
+    _bring(place, stage, progress)
+    crash.point("apply-copied")
+    place.arrive(stage.link, source, stage.point)
+    crash.point("apply-done")
+    stage.drop()
+
+
+def _bring(place: Place, stage: Stage, progress: Callable[[int], None] | None) -> None:
+    left = stage.extents
+    if isinstance(place.end, FileEnd):
+        left = share(stage.end, place.end, left)
+    shared = total(stage.extents) - total(left)
+    if progress is not None:
+        progress(shared)
+    copied = copy(
+        stage.end,
+        place.end,
+        left,
+        progress=None if progress is None else lambda count: progress(shared + count),
+    )
+    if len(copied.failed):
+        raise CopyFailed(
+            f"what was staged for {place.target.name} cannot be read ({stage.end.path})",
+            hint="check the disk that it is on; if it is lost, move it away and run blktrack sync: "
+            "it compares the replica with its source and repairs it",
+        )
+
+
+def settle(place: Place, changed: str) -> tuple[Point | None, str]:
+    """Finish what an earlier run sealed for a replica, or drop it where it does not fit.
+
+    changed -- what happened to the replica since its record was written.
+
+    The point that it was brought to by this, and why it is not what its record says: `changed`, or
+    that it was left between two points and cannot be finished.
+    """
+    record = place.record
+    assert record is not None
+    begun = record.next is not None
+    try:
+        stage = Stage.find(place.folder)
+    except StageDamaged as error:
+        if not begun:
+            discard(place.folder)
+        return None, changed or (f"{_LOST}: {error.why}" if begun else "")
+    if stage is None:
+        return None, changed or (_LOST if begun else "")
+    with stage:
+        fits = stage.leads_from(record)
+        if fits and not changed:
+            assert stage.point is not None
+            point = stage.point
+            apply(place, stage, replace(record.source, generation=point.generation))
+            return point, ""
+        if not begun:
+            stage.drop()
+            return None, changed
+        return None, changed or f"{_LOST}: another one is there"
+
+
+def finish(name: str, paths: Paths) -> Record | None:
+    """Bring a replica to the point that an earlier run sealed for it; its record, if it has one.
+
+    For any command on the replica's side: the source need not be there. A replica for which nothing
+    waits is not touched. Raises Refused, Busy, and BlktrackError if it is left between two points.
+    """
+    target = Target.find(name)
+    folder = folder_of(target, paths)
+    seen = Record.read(folder / RECORD)
+    if seen is None or not target.exists or not (is_left(folder) or seen.next):
+        return seen
+    check_idle(target)
+    with contextlib.ExitStack() as held:
+        end, _ = take(target, lock_of(folder, paths), held, size=0, writable=True)
+        place = Place(target, end, folder)
+        place.record = Record.read(folder / RECORD)
+        if place.record is None:
+            return None
+        _, changed = settle(place, place.changed(place.record))
+        if place.record.next is not None:
+            raise BlktrackError(
+                f"{name} is at no point: {changed}",
+                hint="run blktrack sync: it compares the replica with its source and repairs it",
+            )
+        return place.record

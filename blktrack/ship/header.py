@@ -1,0 +1,153 @@
+"""What is written beside a staged increment, and what is checked of it when it is read.
+
+Nothing is allocated by a number that was only read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from blktrack.durable import read_json, write_json
+from blktrack.errors import BlktrackError
+from blktrack.extent import ExtentArray
+from blktrack.point import Point
+from blktrack.ship.record import Record, State
+
+EXTENTS, HEADER = "incoming.extents", "incoming.json"
+FORMAT = 1
+_MOST_HEADER = 64 << 10  # bytes
+_ROW = 16  # bytes of an extent in its file
+_LEVELS = ("none", "crash", "filesystem")
+
+
+class StageDamaged(BlktrackError):
+    """A sealed stage is not what was sealed. `why` is a clause."""
+
+    def __init__(self, folder: Path, why: str) -> None:
+        super().__init__(
+            f"the increment staged in {folder} is damaged: {why}",
+            hint="run blktrack sync: it compares the replica with its source and repairs it",
+        )
+        self.why = why
+
+
+@dataclass(frozen=True)
+class Header:
+    """incoming.json."""
+
+    link: str  # uuid of the link that it is for
+    base: Point  # where it starts
+    point: Point  # where it leads
+    size: int  # of the source, in bytes
+    extents: int  # how many
+    digest: str  # of their file
+    written: int  # modification time of the image, in nanoseconds: nothing writes it after the seal
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / HEADER, {"format": FORMAT, **asdict(self)})
+
+    def leads_from(self, record: Record) -> bool:
+        """Whether it is the increment that this replica waits for, or is in the middle of."""
+        if self.link != record.link or self.base != record.point:
+            return False
+        if record.state is State.READY:
+            return True
+        return record.state is State.APPLYING and self.point == record.next
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """None where none is sealed. StageDamaged, or BlktrackError if a newer version wrote it."""
+        path = folder / HEADER
+        with contextlib.suppress(OSError):
+            if path.stat().st_size > _MOST_HEADER:
+                raise StageDamaged(folder, f"{HEADER} is too long")
+        try:
+            value = read_json(path)
+        except (BlktrackError, RecursionError) as error:
+            raise StageDamaged(folder, str(error)) from error
+        if value is None:
+            return None
+        try:
+            if _number(value, "format") > FORMAT:
+                raise BlktrackError(
+                    f"{path} was written by a newer blktrack", hint="upgrade blktrack on this host"
+                )
+            return cls(
+                link=_text(value, "link"),
+                base=_point(value["base"]),
+                point=_point(value["point"]),
+                size=_number(value, "size"),
+                extents=_number(value, "extents"),
+                digest=_text(value, "digest"),
+                written=_number(value, "written"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StageDamaged(folder, f"{HEADER}: {error!r}") from error
+
+
+def read_extents(folder: Path, header: Header) -> ExtentArray:
+    """What the image covers. StageDamaged."""
+    path = folder / EXTENTS
+    try:
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            if length != header.extents * _ROW:
+                raise StageDamaged(folder, f"{EXTENTS} has not {header.extents} extents")
+            data = file.read(length)
+    except OSError as error:
+        raise StageDamaged(folder, f"{EXTENTS}: {error.strerror}") from error
+    if digest(data) != header.digest:
+        raise StageDamaged(folder, f"{EXTENTS} has another digest")
+    extents = np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, 2)
+    if why := fault(extents, header.size):
+        raise StageDamaged(folder, why)
+    return extents
+
+
+def fault(extents: ExtentArray, size: int) -> str:
+    """Why these are no extents of a device of `size` bytes; "" if they are."""
+    start, length = extents[:, 0], extents[:, 1]
+    if not len(extents):
+        return ""
+    # With both within the size no sum can overflow.
+    if start.min() < 0 or length.min() <= 0 or start.max() > size or length.max() > size:
+        return "an extent has no place"
+    end = start + length
+    if (start[1:] < end[:-1]).any():
+        return "the extents are not sorted, or overlap"
+    return "an extent is beyond the end" if end[-1] > size else ""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=20).hexdigest()
+
+
+def _number(value: dict[str, Any], key: str) -> int:
+    found = value[key]
+    if type(found) is not int or not 0 <= found < 1 << 63:
+        raise ValueError(f"{key} is {str(found)[:40]!r}")
+    return found
+
+
+def _text(value: dict[str, Any], key: str) -> str:
+    found = value[key]
+    if not isinstance(found, str):
+        raise ValueError(f"{key} is {str(found)[:40]!r}")
+    return found
+
+
+def _point(value: dict[str, Any]) -> Point:
+    time, level = value["time"], value["consistency"]
+    if not isinstance(time, int | float) or not math.isfinite(time):
+        raise ValueError("a point has no time")
+    if level not in _LEVELS:
+        raise ValueError("a point has no consistency")
+    return Point(_number(value, "epoch"), _text(value, "generation"), time, level)
