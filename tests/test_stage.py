@@ -229,7 +229,7 @@ def test_without_reflinks_it_is_copied(
             share(*arguments)
 
         monkeypatch.setattr(linux, "clone_range", clone)
-        new = lab.change(from_pairs([(512, MIB), (3 * MIB, 100 * KIB), (4 * MIB, 2 * MIB)]))
+        new = lab.change(from_pairs([(512, MIB), (3 * MIB, 300 * KIB), (4 * MIB, 2 * MIB)]))
         bring(lab.order)
         assert left[0] == -1
         assert lab.replica() == new
@@ -604,24 +604,16 @@ def flip(name: str) -> Callable[[Path], None]:
     return change
 
 
-DAMAGES = {
-    "no image": without("incoming.img"),
-    "a short image": truncate,
-    "an image written to": overwrite,
-    "an image elsewhere": replace_by_a_link,
-    "no extents": without("incoming.extents"),
-    "other extents": flip("incoming.extents"),
-    "extents cut off": put("incoming.extents", b"12345678"),
+# Found by whoever reads the header, which is all that a look does.
+HEADERS = {
     "an empty header": put("incoming.json", b""),
     "a header that is no object": put("incoming.json", b"[]"),
     "a deep header": put("incoming.json", b"[" * 60_000),
     "a long header": put("incoming.json", b" " * (1 << 20)),
     "a header of nothing": put("incoming.json", b"{}"),
     "a text for a size": edit("size", "x"),
-    "a huge size": edit("size", 1 << 62),
     "a negative size": edit("size", -1),
     "a size beyond any": edit("size", 1 << 80),
-    "a huge count": edit("extents", 1 << 59),
     "true for a count": edit("extents", True),
     "a list for a link": edit("link", []),
     "no points": edit("point", None),
@@ -630,6 +622,17 @@ DAMAGES = {
     "a point of another level": edit("point.consistency", "best"),
     "a level that is none": edit("point.consistency", ["none"]),
     "a generation that is none": edit("base.generation", 7),
+}
+DAMAGES = HEADERS | {
+    "no image": without("incoming.img"),
+    "a short image": truncate,
+    "an image written to": overwrite,
+    "an image elsewhere": replace_by_a_link,
+    "no extents": without("incoming.extents"),
+    "other extents": flip("incoming.extents"),
+    "extents cut off": put("incoming.extents", b"12345678"),
+    "a huge size": edit("size", 1 << 62),
+    "a huge count": edit("extents", 1 << 59),
     "extents beyond the end": extents_of((0, 512), (SIZE - 512, 1024)),
     "extents that overlap": extents_of((0, 1024), (512, 512)),
     "extents in disorder": extents_of((1024, 512), (0, 512)),
@@ -670,6 +673,8 @@ def test_damage(kept: tuple[Lab, bytes], damage: str) -> None:
     record = dataclasses.replace(record, state=State.APPLYING, next=point(1))
     record.write(lab.folder / "replica.json")
     DAMAGES[damage](lab.folder)
+    _, change = inspect(name, paths)
+    assert ("left between two points" in change) == (damage in HEADERS)
     with pytest.raises(BlktrackError, match="is at no point: it was left between") as caught:
         finish(name, paths)
     assert "blktrack sync" in caught.value.hint

@@ -25,15 +25,13 @@ from blktrack.point import Point
 from blktrack.ship.claim import take
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import FileEnd
-from blktrack.ship.header import StageDamaged
+from blktrack.ship.header import LOST, StageDamaged
 from blktrack.ship.place import RECORD, Place, folder_of, lock_of
 from blktrack.ship.record import Origin, Record, State
 from blktrack.ship.reflink import share
 from blktrack.ship.stage import Stage, discard, is_left
 from blktrack.ship.target import Target, check_idle
 from blktrack.units import format_size
-
-_LOST = "it was left between two points, and the increment between them is gone"
 
 
 def apply(
@@ -93,9 +91,9 @@ def settle(place: Place, changed: str) -> tuple[Point | None, str]:
     except StageDamaged as error:
         if not begun:
             discard(place.folder)
-        return None, changed or (f"{_LOST}: {error.why}" if begun else "")
+        return None, changed or (f"{LOST}: {error.why}" if begun else "")
     if stage is None:
-        return None, changed or (_LOST if begun else "")
+        return None, changed or (LOST if begun else "")
     with stage:
         fits = stage.leads_from(record)
         if fits and not changed:
@@ -106,7 +104,7 @@ def settle(place: Place, changed: str) -> tuple[Point | None, str]:
         if not begun:
             stage.drop()
             return None, changed
-        return None, changed or f"{_LOST}: another one is there"
+        return None, changed or f"{LOST}: another one is there"
 
 
 def finish(name: str, paths: Paths) -> Record | None:

@@ -23,6 +23,7 @@ from blktrack.ship.record import Record, State
 
 EXTENTS, HEADER = "incoming.extents", "incoming.json"
 FORMAT = 1
+LOST = "it was left between two points, and the increment between them is gone"
 _MOST_HEADER = 64 << 10  # bytes
 _ROW = 16  # bytes of an extent in its file
 _LEVELS = ("none", "crash", "filesystem")

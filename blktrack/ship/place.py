@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ from blktrack import crash
 from blktrack.config import Paths
 from blktrack.point import Point
 from blktrack.ship.endpoint import Endpoint, FileEnd
-from blktrack.ship.header import Header, StageDamaged
+from blktrack.ship.header import LOST, Header, StageDamaged
 from blktrack.ship.record import Origin, Record, Seal, State, edges
 from blktrack.ship.target import Target
 from blktrack.sysfs import boot_id
@@ -106,6 +107,10 @@ def inspect(name: str, paths: Paths) -> tuple[Record | None, str]:
     target = Target.find(name)
     folder = folder_of(target, paths)
     record = Record.read(folder / RECORD)
+    following = _waits(folder, record) if record else None
+    if record is not None and record.next and not following:
+        # A run that goes on may have finished it in between: its record comes first.
+        record = Record.read(folder / RECORD)
     if record is None:
         return None, "" if target.exists else "it is gone"
     if not target.exists:
@@ -115,12 +120,15 @@ def inspect(name: str, paths: Paths) -> tuple[Record | None, str]:
     else:
         now = Seal.of_file(os.stat(target.path), record.seal.digest)
     change = record.changed(now)
-    try:
+    if record.next and not following:
+        return record, change or LOST
+    return record if change else replace(record, next=following), change
+
+
+def _waits(folder: Path, record: Record) -> Point | None:
+    """Where the increment leads that is sealed for a replica of this record."""
+    with contextlib.suppress(StageDamaged):
         header = Header.read(folder)
-    except StageDamaged as error:
-        return record, change or (str(error) if record.next else "")
-    if header is None:
-        return record, change
-    if record.state is State.READY and not change and header.leads_from(record):
-        record = replace(record, next=header.point)
-    return record, change
+        if header is not None and header.leads_from(record):
+            return header.point
+    return None

@@ -51,6 +51,7 @@ class Stage:
         self.header = None
         self.extents = empty()
         self._folder = folder
+        self._dropped = False
 
     @property
     def point(self) -> Point | None:
@@ -134,12 +135,13 @@ class Stage:
     def drop(self) -> None:
         """Give up what is staged and free its space."""
         self.end.close()
+        self._dropped = True
         discard(self._folder)
 
     def close(self) -> None:
         """What is sealed is kept."""
         self.end.close()
-        if self.header is None:
+        if self.header is None and not self._dropped:
             discard(self._folder)
 
     def __enter__(self) -> Self:
