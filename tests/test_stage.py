@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from blktrack.errors import BlktrackError, Busy, CopyFailed, Refused
 from blktrack.extent import ExtentArray, from_pairs
 from blktrack.ship import header
 from blktrack.ship.apply import finish
-from blktrack.ship.copy import copy
+from blktrack.ship.copy import Copied, copy
 from blktrack.ship.endpoint import open_end
+from blktrack.ship.header import StageDamaged
 from blktrack.ship.place import inspect
 from blktrack.ship.record import Record, State
 from blktrack.ship.replica import Replica
@@ -373,7 +375,7 @@ def test_death_at_random_moments(disks: Disks, seed: int, kind: str) -> None:
 @pytest.mark.soak
 @every_kind
 def test_death_for_long(disks: Disks, seed: int, kind: str) -> None:
-    lab = Lab(disks, kind, seed, 32 * MIB)
+    lab = Lab(disks, kind, seed)
     at_every_place(lab)
     at_any_time(lab, 100)
 
@@ -687,6 +689,30 @@ def test_damage(kept: tuple[Lab, bytes], damage: str) -> None:
         assert not is_left(lab.folder)
         replica.commit(point(5))
     assert lab.has_settled() == 5
+
+
+def test_an_overlay_that_cannot_be_read(
+    kept: tuple[Lab, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found when the replica has left its point: by the next run, and again in the run's own."""
+    lab, _ = kept
+    bad = from_pairs([(0, 4096)])
+
+    def fail(*arguments: Any, **options: Any) -> Copied:
+        return dataclasses.replace(copy(*arguments, **options), failed=bad)
+
+    monkeypatch.setattr("blktrack.ship.apply.copy", fail)
+    with pytest.raises(BlktrackError, match=r"is at no point: .*cannot be read"):
+        finish(str(lab.target), lab.order.paths)
+    with lab.open() as replica:
+        assert "left between two points" in replica.changed and "4 KiB" in replica.changed
+        replica.begin(State.UNFINISHED, "generation-1")
+        replica.commit(point(1))
+        lab.change()
+        with pytest.raises(StageDamaged, match="cannot be read"), lab.staged(replica) as stage:
+            replica.apply(stage)
+        assert "cannot be read" in replica.changed
+    assert lab.record().state is State.APPLYING
 
 
 def test_a_stage_of_another_link_or_point(kept: tuple[Lab, bytes]) -> None:

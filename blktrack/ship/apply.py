@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from blktrack import crash
 from blktrack.config import Paths
-from blktrack.errors import BlktrackError, CopyFailed, Refused
+from blktrack.errors import BlktrackError, Refused
 from blktrack.extent import total
 from blktrack.point import Point
 from blktrack.ship.claim import take
@@ -37,7 +37,11 @@ from blktrack.units import format_size
 def apply(
     place: Place, stage: Stage, source: Origin, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Bring the replica to the point of a sealed stage, and drop the stage."""
+    """Bring the replica to the point of a sealed stage, and drop the stage.
+
+    CopyFailed where the replica cannot be written: it is to be done again. StageDamaged where the
+    overlay cannot be read: only a resync helps.
+    """
     assert stage.point is not None
     if not isinstance(place.end, FileEnd) and place.end.size < stage.size:
         raise Refused(
@@ -68,11 +72,8 @@ def _bring(place: Place, stage: Stage, progress: Callable[[int], None] | None) -
         progress=None if progress is None else lambda count: progress(shared + count),
     )
     if len(copied.failed):
-        raise CopyFailed(
-            f"what was staged for {place.target.name} cannot be read ({stage.end.path})",
-            hint="check the disk that it is on; if it is lost, move it away and run blktrack sync: "
-            "it compares the replica with its source and repairs it",
-        )
+        places = format_size(total(copied.failed))
+        raise StageDamaged(place.folder, f"{places} of it cannot be read ({stage.end.path})")
 
 
 def settle(place: Place, changed: str) -> tuple[Point | None, str]:
@@ -99,7 +100,10 @@ def settle(place: Place, changed: str) -> tuple[Point | None, str]:
         if fits and not changed:
             assert stage.point is not None
             point = stage.point
-            apply(place, stage, replace(record.source, generation=point.generation))
+            try:
+                apply(place, stage, replace(record.source, generation=point.generation))
+            except StageDamaged as error:
+                return None, f"{LOST}: {error.why}"
             return point, ""
         if not begun:
             stage.drop()

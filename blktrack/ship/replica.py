@@ -35,6 +35,7 @@ from blktrack.point import Point
 from blktrack.ship.apply import apply, settle
 from blktrack.ship.claim import take
 from blktrack.ship.endpoint import Endpoint, FileEnd
+from blktrack.ship.header import StageDamaged
 from blktrack.ship.place import Place, folder_of, lock_of
 from blktrack.ship.record import Origin, Record, Seal, State
 from blktrack.ship.stage import Stage, discard
@@ -127,7 +128,8 @@ class Replica:
         """Bring the replica to the point of a sealed stage, and drop the stage.
 
         Refused if others wrote to the replica since it was at its point, as `changed` says then,
-        and the stage is dropped. After any other error, or a death, the next `open` goes on.
+        and the stage is dropped. After any other error, or a death, the next `open` goes on, but
+        after StageDamaged only a resync helps.
         """
         record = self.record
         if record is None or stage.point is None or not stage.leads_from(record):
@@ -139,7 +141,11 @@ class Replica:
                 f"{self.target.name} is not as it was left: {changed}",
                 hint="run blktrack sync: it compares the replica with its source and repairs it",
             )
-        apply(self._place, stage, Origin.of(self._source, stage.point.generation), progress)
+        try:
+            apply(self._place, stage, Origin.of(self._source, stage.point.generation), progress)
+        except StageDamaged as error:
+            self.changed = str(error)
+            raise
 
     def begin(self, state: State, generation: str) -> None:
         """Record, before the first write, that the replica leaves its point: call it once a run.
