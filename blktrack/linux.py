@@ -42,6 +42,8 @@ BLKDISCARD = _ioc(_IOC_NONE, 0x12, 119, 0)
 BLKZEROOUT = _ioc(_IOC_NONE, 0x12, 127, 0)
 _CLONE_RANGE = struct.Struct("=qQQQ")  # struct file_clone_range
 FICLONERANGE = _ioc(_IOC_WRITE, 0x94, 13, _CLONE_RANGE.size)
+FIFREEZE = _ioc(_IOC_READ | _IOC_WRITE, ord("X"), 119, ctypes.sizeof(ctypes.c_int))
+FITHAW = _ioc(_IOC_READ | _IOC_WRITE, ord("X"), 120, ctypes.sizeof(ctypes.c_int))
 
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -89,6 +91,27 @@ def discard(fd: int, start: int, length: int) -> None:
 def zero_out(fd: int, start: int, length: int) -> None:
     """Make a range of a block device read as zeroes, keeping it allocated."""
     fcntl.ioctl(fd, BLKZEROOUT, struct.pack("QQ", start, length))
+
+
+def freeze(fd: int) -> None:
+    """Write back the file system that a file is on and stop its writers, until it is thawed.
+
+    EBUSY: it is frozen already. EOPNOTSUPP: its kind cannot be frozen. Whoever writes to it from
+    now on hangs, and no signal ends that.
+    """
+    fcntl.ioctl(fd, FIFREEZE, 0)
+
+
+def thaw(fd: int) -> None:
+    """Undo `freeze`, whoever did it. EINVAL: it is not frozen, or not yet."""
+    fcntl.ioctl(fd, FITHAW, 0)
+
+
+def sync_filesystem(fd: int) -> None:
+    """Write back the file system that a file is on (syncfs)."""
+    if _libc.syncfs(fd) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 # Where off_t is 32 bits the call with the plain name would cut offsets.

@@ -25,6 +25,8 @@ def test_numbers_are_the_kernels() -> None:
     assert linux.BLKDISCARD == 0x1277
     assert linux.BLKZEROOUT == 0x127F
     assert linux.FICLONERANGE == 0x4020940D
+    assert linux.FIFREEZE == 0xC0045877
+    assert linux.FITHAW == 0xC0045878
 
 
 @pytest.mark.needs("root", "loop")
