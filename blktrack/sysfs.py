@@ -178,16 +178,37 @@ class Mount(NamedTuple):
     number: str  # "major:minor" of what is mounted
     point: Path
     kind: str  # "ext4"
+    source: str  # "/dev/sda1", or what the kind understands by it
+    options: str  # of the file system: a mount of it can be read-only all the same
+    id: int
+
+    @property
+    def writable(self) -> bool:
+        """Whether the file system is; this mount of it need not be."""
+        return self.options.partition(",")[0] != "ro"
 
 
-def mounts() -> list[Mount]:
-    """This namespace's mounts, in the order they were made (proc_pid_mountinfo(5))."""
+def mounts(table: Path | None = None) -> list[Mount]:
+    """This namespace's mounts, or those of `table`, in the order made (proc_pid_mountinfo(5))."""
     found = []
-    for line in filter(None, (_text(MOUNTINFO) or "").split("\n")):
+    for line in filter(None, (_text(table or MOUNTINFO) or "").split("\n")):
         fields = line.split(" ")
-        point = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4]))
-        found.append(Mount(fields[2], point, fields[fields.index("-") + 1]))
+        kind, source, options = fields[fields.index("-") + 1 :][:3]
+        found.append(
+            Mount(
+                number=fields[2],
+                point=Path(_unescaped(fields[4])),
+                kind=kind,
+                source=_unescaped(source),
+                options=_unescaped(options),
+                id=int(fields[0]),
+            )
+        )
     return found
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
 
 
 def filesystem_at(point: Path) -> str:

@@ -159,7 +159,7 @@ def test_a_node_without_a_device(tree: Tree) -> None:
 
 MOUNTINFO = (
     b"22 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
-    b"23 22 8:1 / /mnt/with\\040space\\011tab\\134n rw shared:1 master:2 - xfs /dev/sda1 rw\n"
+    b"23 22 8:1 / /mnt/with\\040space\\011tab\\134n rw shared:1 master:2 - xfs /dev/sda1 ro,attr2\n"
     b"24 22 0:5 / /dev rw - devtmpfs none rw\n"
     b"25 22 8:2 / /mnt/\xff\xe2\x80\xa8odd rw - ext4 /dev/sda2 rw\n"  # Latin-1; a line separator
     b"26 24 8:3 / /dev rw - ext4 /dev/sda3 rw\n"
@@ -178,6 +178,9 @@ def test_mounts() -> None:
     assert [mount.number for mount in found] == ["254:0", "8:1", "0:5", "8:2", "8:3"]
     assert [mount.kind for mount in found] == ["ext4", "xfs", "devtmpfs", "ext4", "ext4"]
     assert found[1].point == Path("/mnt/with space\ttab\\n")
+    assert [mount.writable for mount in found] == [True, False, True, True, True]
+    assert found[1].source == "/dev/sda1"
+    assert [mount.id for mount in found] == [22, 23, 24, 25, 26]
     assert os.fsencode(found[3].point) == b"/mnt/\xff\xe2\x80\xa8odd"
     assert sysfs.filesystem_at(Path("/dev")) == "ext4"  # the last one hides the others
     assert sysfs.filesystem_at(Path("/nowhere")) == ""
@@ -194,6 +197,8 @@ def test_mounts_of_a_device(tree: Tree) -> None:
 
 def test_mounts_of_this_machine() -> None:
     assert sysfs.filesystem_at(Path("/proc")) == "proc"
+    assert sysfs.mounts(Path(f"/proc/{os.getpid()}/mountinfo")) == sysfs.mounts()
+    assert sysfs.mounts(Path("/nowhere")) == []
 
 
 def test_boot_id(monkeypatch: pytest.MonkeyPatch) -> None:
