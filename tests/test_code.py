@@ -47,6 +47,7 @@ FLOORS = {
     "ship.replica": 3,
     "tracker": 3,
     "doctor": 3,
+    "quiesce": 3,
     "capture": 4,
     "round": 5,
     "sync": 6,

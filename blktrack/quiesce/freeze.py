@@ -1,0 +1,206 @@
+"""Freeze the file systems of a device around a body of code: a point under it is what they left.
+
+    with Freeze(device, file_systems(device), must_write=[...]) as freeze:
+        ...                                  # nobody writes
+    report.freeze_s = freeze.seconds         # reached only if they were frozen all the time
+
+In order: the `pre` hooks; a flush, so that the freeze itself has little to write; the freeze; the
+body; the thaw; the `post` hooks. Thaw and `post` hooks come on every way out. A process that is
+killed is thawed for (see `watchdog`), but then no `post` hook runs.
+
+A file system that lies on another, through a loop device over a file say, has to be frozen before
+it, for its last writes need it. It was mounted after it: so they are frozen in reverse order of
+mounting, and thawed in that order. Should it ever be the wrong one the freeze hangs up to the cap
+and fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from blktrack import linux
+from blktrack.errors import NoPoint, Refused
+from blktrack.quiesce import hooks
+from blktrack.quiesce.find import FileSystem
+from blktrack.quiesce.watchdog import Watchdog
+from blktrack.sysfs import BlockDevice
+
+CAP = 2.0  # seconds that writers may have to wait
+HOOK_LIMIT = 60.0
+
+_FLUSHES = 4  # at most
+_RETRY = 0.05  # seconds between two tries at what somebody else has frozen
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM)
+
+
+class FreezeExpired(NoPoint):
+    """The file systems were thawed before the body ended: what it read is no point."""
+
+
+class Freeze:
+    """See above. Without file systems only the hooks run.
+
+    `must_write` are the paths that the body writes to: Refused if one needs a file system that
+    would be frozen. NoPoint if the freeze cannot be had in `cap` seconds or a `pre` hook fails.
+    FreezeExpired if the body took longer than `cap` or somebody else thawed; the error of a body
+    that failed goes first.
+    """
+
+    def __init__(
+        self,
+        device: BlockDevice,
+        file_systems: Sequence[FileSystem],
+        *,
+        must_write: Sequence[Path] = (),
+        cap: float = CAP,
+        pre: Sequence[str] = (),
+        post: Sequence[str] = (),
+        hook_limit: float = HOOK_LIMIT,
+    ) -> None:
+        self.device = device
+        self.file_systems = list(reversed(file_systems))
+        self.must_write = must_write
+        self.cap = cap
+        self.pre, self.post, self.hook_limit = pre, post, hook_limit
+        self.warnings: list[str] = []  # of post hooks that failed: the point is good all the same
+        self._watchdog: Watchdog | None = None
+        self._held = contextlib.ExitStack()
+
+    @property
+    def seconds(self) -> float:
+        """How long writers had to wait: from the first freeze to the last thaw, or to now."""
+        if self._watchdog is None or not self._watchdog.began:
+            return 0.0
+        return (self._watchdog.ended or time.monotonic()) - self._watchdog.began
+
+    def check(self) -> None:
+        """FreezeExpired if the body may as well stop here. Costs nothing."""
+        if self._watchdog is not None and (why := self._watchdog.lost):
+            raise FreezeExpired(
+                f"the freeze of {self._names} ended too early: {why}",
+                hint="try again when there is less load, or allow a longer freeze",
+            )
+
+    def __enter__(self) -> Self:
+        self._refuse_own_state()
+        with contextlib.ExitStack() as held:
+            for command in reversed(self.post):
+                held.callback(self._after, command)
+            for command in self.pre:
+                self._before(command)
+            if self.file_systems:
+                self._hold(held)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.close()
+        if error is None:
+            self.check()
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(str(one) for one in self.file_systems)
+
+    def _refuse_own_state(self) -> None:
+        for path in self.must_write:
+            for one in self.file_systems:
+                if one.is_under(path):
+                    raise Refused(
+                        f"the {one} holds {path}, which is written to while it is frozen",
+                        hint="keep that on another file system, or take a crash-consistent point",
+                    )
+
+    def _before(self, command: str) -> None:
+        """What it was to prepare is not prepared; nothing else is wrong, and nothing was done."""
+        if why := hooks.run(command, "pre", self.device.path, self.hook_limit):
+            raise NoPoint(
+                f"the pre hook {command!r} failed: {why}",
+                hint="run it by hand to see what it needs; the post hooks have run",
+            )
+
+    def _after(self, command: str) -> None:
+        if why := hooks.run(command, "post", self.device.path, self.hook_limit):
+            self.warnings.append(f"the post hook {command!r} failed: {why}")
+
+    def _hold(self, held: contextlib.ExitStack) -> None:
+        fds = []
+        for one in self.file_systems:
+            fds.append(one.open())
+            held.callback(os.close, fds[-1])
+        # A module that the body imports would be written to the cache that Python keeps beside it.
+        held.callback(setattr, sys, "dont_write_bytecode", sys.dont_write_bytecode)
+        sys.dont_write_bytecode = True
+        flushed, deadline = False, math.inf
+        while True:
+            with contextlib.ExitStack() as attempt:
+                self._watchdog = watchdog = Watchdog(fds, self.cap)
+                attempt.callback(watchdog.release)
+                if not flushed:
+                    self._flush(fds)
+                    flushed, deadline = True, time.monotonic() + self.cap
+                watchdog.wait_ready()
+                if self._freeze_all(watchdog, deadline):
+                    held.push(attempt.pop_all())
+                    return
+            # Meanwhile nothing is frozen: whoever froze one may be waiting for another.
+            time.sleep(_RETRY)
+
+    def _freeze_all(self, watchdog: Watchdog, deadline: float) -> bool:
+        """False if one is frozen by somebody else and there is time to try again."""
+        for index, one in enumerate(self.file_systems):
+            try:
+                watchdog.freeze(index)
+            except OSError as error:
+                if error.errno == errno.EBUSY and time.monotonic() < deadline:
+                    return False
+                raise self._why_not(one, error) from error
+            self.check()
+        return True
+
+    def _why_not(self, one: FileSystem, error: OSError) -> NoPoint | Refused:
+        if error.errno in _CANNOT:
+            return Refused(
+                f"the {one} cannot be frozen: {error.strerror}",
+                hint="unmount it, mount it read-only, or take a crash-consistent point",
+            )
+        if error.errno == errno.EBUSY:
+            return NoPoint(
+                f"the {one} is frozen by somebody else, for longer than {self.cap:g} s",
+                hint=f"if nobody needs that: fsfreeze --unfreeze {one.points[0]}",
+            )
+        return NoPoint(
+            f"the {one} could not be frozen: {error.strerror}", hint="see the kernel's log"
+        )
+
+    def _flush(self, fds: list[int]) -> None:
+        """Write back, and again what was written meanwhile, while that shrinks."""
+        last = math.inf
+        for _ in range(_FLUSHES):
+            began = time.monotonic()
+            for one, fd in zip(self.file_systems, fds, strict=True):
+                try:
+                    linux.sync_filesystem(fd)
+                except OSError as error:
+                    raise NoPoint(
+                        f"the {one} could not be written back: {error.strerror}",
+                        hint="see the kernel's log",
+                    ) from error
+            took = time.monotonic() - began
+            if took < self.cap / 20 or took > last * 0.7:
+                return
+            last = took
