@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,8 +49,18 @@ def let_go(point: Path) -> None:
 def mount(lab: Lab, device: str, *options: str) -> Path:
     """Until the end of the test."""
     point = lab.stack.enter_context(lab.mounted(device, *options))
+    lab.stack.callback(wait_until, lambda: not in_use(point), f"the end of the guards of {point}")
     lab.stack.callback(let_go, point)
     return point
+
+
+def in_use(point: Path) -> bool:
+    """Whether a process has it open: the guard of a process that was killed, for a moment."""
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(entry) == str(point):
+                return True
+    return False
 
 
 class Mounted:
@@ -269,9 +281,11 @@ while True:
 
 
 @contextlib.contextmanager
-def freezing(mounted: Mounted, cap: float, hold: float) -> Iterator[subprocess.Popen[str]]:
+def freezing(
+    mounted: Mounted, cap: float, hold: float, script: str = CHILD
+) -> Iterator[subprocess.Popen[str]]:
     """Another process that freezes again and again; it has frozen at least once."""
-    words = [sys.executable, "-c", CHILD, mounted.path, str(cap), str(hold)]
+    words = [sys.executable, "-c", script, mounted.path, str(cap), str(hold)]
     process = subprocess.Popen(
         words,
         cwd=TOP,
@@ -314,14 +328,38 @@ def test_a_stopped_process_thaws_at_the_cap(ext4: Mounted) -> None:
 
 def test_a_death_at_any_moment_thaws(ext4: Mounted) -> None:
     with Load(ext4.point) as load:
-        for turn in range(20):
+        for turn in range(12):
             with freezing(ext4, 60, 0) as process:
-                time.sleep(turn * 0.007)
+                time.sleep(turn * 0.012)
             assert process.returncode == -signal.SIGKILL
             began = time.monotonic()
             load.goes_on()
             assert time.monotonic() - began < SLACK
     assert_thawed(ext4)
+
+
+CAREFUL = f"""
+try:
+{textwrap.indent(CHILD, "    ")}
+except KeyboardInterrupt:
+    time.sleep(600)
+"""
+
+
+def childless(pid: int) -> bool:
+    return not Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
+def test_an_interrupt_at_any_moment_thaws(ext4: Mounted) -> None:
+    with Load(ext4.point) as load:
+        for turn in range(12):
+            with freezing(ext4, 60, 0, CAREFUL) as process:
+                time.sleep(turn * 0.012)
+                process.send_signal(signal.SIGINT)
+                load.goes_on()
+                wait_until(functools.partial(childless, process.pid), "the end of the guard")
+                assert process.poll() is None
+                assert_thawed(ext4)
 
 
 def guard_of(freeze: Freeze) -> int:
@@ -346,6 +384,33 @@ def test_the_guard_is_killed_at_the_end(ext4: Mounted) -> None:
         with pytest.raises(FreezeExpired), ext4.freeze(cap=60) as freeze:
             os.kill(guard_of(freeze), signal.SIGKILL)
         assert_thawed(ext4)
+
+
+def test_the_guard_is_killed_at_any_moment(ext4: Mounted) -> None:
+    ended = []
+    with Load(ext4.point):
+        for turn in range(20):
+            freeze = ext4.freeze(cap=60)
+            killer = threading.Thread(target=kill_guard, args=[freeze, turn * 0.015])
+            killer.start()
+            try:
+                with freeze:
+                    time.sleep(0.02)
+                ended.append("held")
+            except BlktrackError as error:
+                ended.append("lost" if isinstance(error, FreezeExpired) else "not begun")
+            killer.join()
+            assert_thawed(ext4)
+    assert "lost" in ended
+    ways = ", ".join(f"{ended.count(way)} {way}" for way in sorted(set(ended)))
+    told(f"freezes whose guard was killed at some moment: {ways}")
+
+
+def kill_guard(freeze: Freeze, delay: float) -> None:
+    wait_until(lambda: freeze._watchdog is not None, "a guard")
+    time.sleep(delay)
+    assert freeze._watchdog is not None
+    freeze._watchdog._process.kill()
 
 
 def test_the_guard_is_stopped(ext4: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,11 +512,12 @@ def test_state_on_what_would_be_frozen(lab: Lab, ext4: Mounted, nested: Mounted)
     layers = f"lowerdir={lab.folder},upperdir={upper},workdir={work}"
     run("mount", "-t", "overlay", "-o", layers, "none", overlay)
     lab.stack.callback(run, "umount", overlay)
-    for folder in (ext4.point, ext4.point / "not/yet", nested.point, overlay):
-        freeze = ext4.freeze(must_write=[lab.folder, folder])
+    within = [ext4.point, ext4.point / "not/yet", nested.point, Path(nested.path), overlay]
+    for path in within:
+        freeze = ext4.freeze(must_write=[lab.folder, path])
         not_entered(freeze, Refused, "which is written to")
     other = Mounted(lab)
-    with ext4.freeze(must_write=[lab.folder, other.point, Path("/")]):
+    with ext4.freeze(must_write=[lab.folder, other.point, Path(other.path)]):
         pass
 
 

@@ -187,10 +187,13 @@ def _mount_of(fd: int) -> Mount | None:
 
 
 def _devices_below(path: Path) -> set[Number]:
-    """Every device that a write to the file system of `path` ends on, through loop devices too."""
+    """Every device that a write to `path`, a device or a file, ends on, loop devices followed."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
+    if number := stack.device_number(str(path)):
+        device = BlockDevice.of_number(*number)
+        return stack.numbers([device, *stack.below(device)])
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         mount = _mount_of(fd)
