@@ -150,6 +150,7 @@ class Freeze:
             with contextlib.ExitStack() as attempt:
                 self._watchdog = watchdog = Watchdog(fds, self.cap)
                 attempt.callback(watchdog.release)
+                watchdog.start()
                 if not flushed:
                     self._flush(fds)
                     flushed, deadline = True, time.monotonic() + self.cap

@@ -39,7 +39,12 @@ class Watchdog:
         self._beginning: list[int] = []
         self._ready, self._over = threading.Event(), False
         self._lock = threading.Lock()
-        words = [str(cap), str(linux.FITHAW), *map(str, fds)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._listener = threading.Thread(target=self._listen, name="freeze", daemon=True)
+
+    def start(self) -> None:
+        """Have the guard started; `release` ends it, and is to be called even if this fails."""
+        words = [str(self.cap), str(linux.FITHAW), *map(str, self.fds)]
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_PROGRAM), *words],
             stdin=subprocess.PIPE,
@@ -50,7 +55,6 @@ class Watchdog:
             pass_fds=self.fds,
             start_new_session=True,
         )
-        self._listener = threading.Thread(target=self._listen, name="freeze", daemon=True)
         self._listener.start()
 
     def wait_ready(self) -> None:
@@ -79,14 +83,19 @@ class Watchdog:
 
     def release(self) -> None:
         """Thaw all. After it `lost` is final and the guard is gone."""
+        if self._process is None:
+            return
         assert self._process.stdin and self._process.stdout
+        listening = self._listener.ident is not None
         try:
             self._process.stdin.close()
-            self._listener.join(_PATIENCE)
+            if listening:
+                self._listener.join(_PATIENCE)
             if self._listener.is_alive():  # stopped, say
                 self._process.kill()
         finally:
-            self._listener.join()
+            if listening:
+                self._listener.join()
             self._process.wait()
             self._process.stdout.close()
         if not self._over:
@@ -95,12 +104,12 @@ class Watchdog:
         self.ended = self.ended or time.monotonic()
 
     def _tell(self, word: bytes, index: int) -> None:
-        assert self._process.stdin
+        assert self._process and self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # the listener sees to it
             self._process.stdin.write(word + bytes([index]))
 
     def _listen(self) -> None:
-        assert self._process.stdout
+        assert self._process and self._process.stdout
         for line in self._process.stdout:
             word, *rest = line.decode("ascii").split()
             if word == "ready":
