@@ -32,7 +32,25 @@ def empty() -> ExtentArray:
 
 def from_pairs(pairs: Sequence[tuple[int, int]]) -> ExtentArray:
     """Any (start, length) pairs as sorted, disjoint, coalesced extents; empty ones are dropped."""
-    given = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return _coalesced(np.array(pairs, dtype=np.int64).reshape(-1, 2))
+
+
+def union(one: ExtentArray, other: ExtentArray) -> ExtentArray:
+    """All bytes of both."""
+    return _coalesced(np.concatenate([one, other]))
+
+
+def intersect(one: ExtentArray, other: ExtentArray) -> bool:
+    """Whether any byte is in both."""
+    if not len(one) or not len(other):
+        return False
+    # The last extent of `other` that begins before each of `one` ends: does it reach into it?
+    last = np.searchsorted(other[:, 0], one[:, 0] + one[:, 1], side="left") - 1
+    reach = other[last, 0] + other[last, 1]
+    return bool(((last >= 0) & (reach > one[:, 0])).any())
+
+
+def _coalesced(given: ExtentArray) -> ExtentArray:
     given = given[given[:, 1] > 0]
     if not len(given):
         return empty()

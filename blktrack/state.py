@@ -9,6 +9,7 @@
     RUN/devices/ID/settling                submitted granules whose completion may still be ahead
     RUN/devices/ID/links/LINK/pending      granules that changed since the link's last drain
     RUN/devices/ID/links/LINK/shipping     granules that the sync under way has to ship
+    RUN/devices/ID/links/LINK/racing       granules submitted to since its swap, while it captures
 
 RUN is lost with a boot, and the generation with it, unless the device was at rest. Sets are bitmaps
 in shared memory. Bits are only added, or cleared after they have a safer home, and a JSON file is

@@ -65,3 +65,14 @@ def test_extent_of_python_numbers() -> None:
     found = extent.to_list(extent.from_pairs([(512, 1024)]))[0]
     assert (found.start, found.length, found.end, str(found)) == (512, 1024, 1536, "512+1024")
     assert type(found.start) is int  # numpy's would not go into JSON
+
+
+@given(PAIRS, PAIRS)
+def test_union_and_intersection_are_those_of_the_bytes(
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
+    first, second = extent.from_pairs(one), extent.from_pairs(other)
+    assert extent.intersect(first, second) == bool(bytes_of(one) & bytes_of(other))
+    both = extent.union(first, second)
+    check_canonical(both)
+    assert both.tolist() == extent.from_pairs([*one, *other]).tolist()

@@ -28,6 +28,7 @@ class LinkSets:
         self._folder = folder = tracking.store.link_run(tracking.state.id, link.id)
         self.granularity, self.size = tracking.state.granularity, tracking.state.size
         self.granules = tracking.window.geometry.granules
+        self._racing: BitFile | None = None
         self.shipping = BitFile(folder / "shipping", tracking.words, create=create)
         crash.point("sets-half")
         # Made last: drains find a link by this file.
@@ -43,6 +44,30 @@ class LinkSets:
             self.pending.clear()
         crash.point("take-done")
         return self.extents()
+
+    def take_more(self) -> ExtentArray:
+        """The same in a sync that has taken before: only what was pending, and is now to ship."""
+        found = self.pending.nonzero()
+        extents = bitmap.extents(self.pending.words, self.granularity, self.size, found)
+        self.shipping.reserve(found)
+        bitmap.or_into(self.shipping.words, self.pending.words, found)
+        crash.point("more-added")
+        self.pending.clear()
+        return extents
+
+    def watch(self) -> None:
+        """From now on have drains, which others may make, add to `racing` what was submitted."""
+        if self._racing is None:
+            self._racing = BitFile(self._folder / "racing", len(self.pending.words), create=True)
+        else:
+            self._racing.clear()
+
+    def raced(self, live: Words) -> ExtentArray:
+        """What was submitted since the last `watch`; `live` is what the maps know of it."""
+        found: Words = np.array(live)
+        if self._racing is not None:
+            bitmap.or_into(found, self._racing.words, self._racing.nonzero())
+        return bitmap.extents(found, self.granularity, self.size)
 
     def _exchange(self) -> bool:
         """Let the sets change places: the kernel takes long to make the pages of a copy."""
@@ -85,6 +110,10 @@ class LinkSets:
     def close(self) -> None:
         self.pending.close()
         self.shipping.close()
+        if self._racing is not None:
+            self._racing.close()
+            (self._folder / "racing").unlink(missing_ok=True)
+            self._racing = None
 
     def __enter__(self) -> Self:
         return self

@@ -11,8 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from blktrack import bitmap, crash
-from blktrack.bitfile import BitFile
+from blktrack import crash
 from blktrack.bitmap import Words
 from blktrack.bpf import abi
 from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
@@ -20,26 +19,15 @@ from blktrack.errors import BlktrackError
 from blktrack.state import DeviceState, Epoch, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import account, doubt
+from blktrack.tracker.absorb import absorb
 from blktrack.tracker.account import Account
 from blktrack.tracker.generation import end, window_of
-from blktrack.units import SECTOR
 
 
 class Gap(BlktrackError):
     """The generation is over: its reason is recorded, and a new one has to begin."""
 
     exit_code = 3
-
-
-# Completions that no program saw are covered, without a doubt, by what is known of their begin:
-#
-# - On a bio-based device by the table of what is in flight, in which they stay: each drain takes
-#   its entries as changed.
-# - On a request-based one by the submitted planes. A completion that went unseen belongs to a
-#   write submitted in this epoch or before: `settling` keeps what was, until nothing is in flight.
-#   Nothing in flight after a swap means that all earlier epochs' writes have ended (a dispatcher
-#   still between its issue event and the count of `inflight` keeps the swap waiting, as both lie
-#   in one RCU section; where the driver may sleep, the epoch kept in any case covers it).
 
 
 @dataclass(frozen=True)
@@ -49,6 +37,7 @@ class Swap:
     generation: str
     epoch: int
     time: float
+    missed: int  # runs of the program that sees changes begin, skipped by then
 
 
 class Tracking:
@@ -125,8 +114,8 @@ class Tracking:
         self.store.save_epoch(self.state.id, self.epoch)
         crash.point("drain-announced")
         # Read before the swap: what is missed from here on counts for the next epoch too.
-        submit, complete = self._program_pair()
-        before = self._account()
+        submit, complete = self.program_pair()
+        before = self.counts()
         at = time.time()  # what completed before belongs to the epoch; the swap takes a moment
         self.kernel.swap(self.state.slot, self.retired)
         crash.point("drain-swapped")
@@ -140,71 +129,14 @@ class Tracking:
         account.remember(self.epoch, self.state.slot, known)
         self.store.save_epoch(self.state.id, self.epoch)
         crash.point("drain-recorded")
-        return Swap(self.state.generation, self.epoch.number, at)
+        return Swap(self.state.generation, self.epoch.number, at, submit.missed)
 
     def _absorb(self) -> None:
-        """Merge the retired map into every link's pending set, then clear it."""
-        assert self.kernel
-        # First: a completion that is missed from here on is found below or by the next drain.
-        idle = self.device.disk.in_flight == 0
-        submit, complete = self._program_pair()
-        known, now = account.known(self.epoch, self.state.slot), self._account()
-        if reason := (
-            doubt.of_counters(self.kernel.stats(self.state.slot), growing=self.grown)
-            or doubt.of_misses(self.epoch, submit, complete, bio=self.bio)
-            or doubt.of_account(known, now)
-        ):
+        if reason := absorb(self):
             self._end(reason)
-        found = self.retired.nonzero()
-        missed = complete.missed != self.epoch.complete_missed
-        missed = missed or bool(known and now and now.unended > known.unended)
-        with BitFile(self.store.run(self.state.id) / "settling", self.words) as settling:
-            for path in self.store.link_files(self.state.id, "pending"):
-                with BitFile(path, self.words) as pending:
-                    pending.reserve(found[abi.COMPLETED])
-                    self.retired.merge_into(abi.COMPLETED, pending.words, found[abi.COMPLETED])
-                    if self.bio:
-                        self._add_in_flight(pending)
-                    elif missed:
-                        pending.reserve(found[abi.SUBMITTED])
-                        pending.reserve(settling.nonzero())
-                        self.retired.merge_into(abi.SUBMITTED, pending.words, found[abi.SUBMITTED])
-                        bitmap.or_into(pending.words, settling.words, settling.nonzero())
-                crash.point("drain-merged")
-            # `inflight` leaves out requests that are done but wait for the softirq that ends them.
-            settled = idle and (now is None or now.exact)
-            if known and now:
-                settled = settled and now.unbegun >= known.unbegun
-                if not missed:  # never less: what is in flight makes it seem so
-                    account.remember(
-                        self.epoch, self.state.slot, known.at_least(unbegun=now.unbegun)
-                    )
-            if settled:
-                settling.clear()
-            crash.point("drain-settled")
-            if not self.bio:
-                settling.reserve(found[abi.SUBMITTED])
-                self.retired.merge_into(abi.SUBMITTED, settling.words, found[abi.SUBMITTED])
-        crash.point("drain-settling")
-        self.retired.clear(found)
-        crash.point("drain-cleared")
-        unsure = self.epoch.submit_unsure and not settled
-        self.epoch.submit_unsure = unsure or submit.missed != self.epoch.submit_missed
         self.epoch.clear = True
 
-    def _add_in_flight(self, target: BitFile) -> None:
-        """Take as changed what a bio-based device has in flight, and all that seems to be."""
-        assert self.kernel
-        window, size = self.window, self.state.granularity
-        for entry in self.kernel.in_flight(window.disk):
-            start = int(entry["sector"]) * SECTOR - window.start
-            first, last = max(start, 0), min(start + int(entry["bytes"]), window.length)
-            if first < last:
-                begin, end = first // size, bitmap.granules_for(last, size)
-                target.reserve(np.arange(begin // bitmap.BITS, bitmap.words_for(end)))
-                bitmap.set_range(target.words, begin, end - begin)
-
-    def _account(self) -> Account | None:
+    def counts(self) -> Account | None:
         """The programs' counts against the kernel's; None if it kept none when tracking began."""
         assert self.kernel
         known = account.known(self.epoch, self.state.slot)
@@ -212,7 +144,7 @@ class Tracking:
             return None
         return account.take(self.device, self.kernel.stats_reader(self.state.slot))
 
-    def _program_pair(self) -> tuple[Program, Program]:
+    def program_pair(self) -> tuple[Program, Program]:
         """The submission and the completion program as they are now."""
         assert self.kernel
         programs = self.kernel.programs(self.window.kind)
@@ -221,10 +153,22 @@ class Tracking:
         submit, complete = BY_KIND[self.window.kind]
         return programs[submit], programs[complete]
 
+    def seen_since(self, swap: Swap) -> bool:
+        """Whether no change since then can have begun unseen."""
+        return self.program_pair()[0].missed == swap.missed
+
+    def submitted(self) -> Words:
+        """Granules to which changes were submitted since the last drain."""
+        found: Words = np.zeros(self.words, dtype=np.uint64)
+        for planes in (self.active, self.retired):
+            for number in (abi.SUBMITTED, abi.COMPLETED):
+                planes.merge_into(number, found)
+        return found
+
     def quiet_since_swap(self) -> bool:
         """True if no change was submitted since the last drain, and none could have gone unseen."""
         assert self.kernel
-        submit, _ = self._program_pair()
+        submit, _ = self.program_pair()
         return (
             not self.active.any_set(abi.SUBMITTED)
             and submit.missed == self.epoch.submit_missed
