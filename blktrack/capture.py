@@ -1,36 +1,207 @@
-"""How consistent is what was read.
+"""Reading a source that is being written so that what was read is one state of it.
 
-A sync reads its extents after the swap at instant T. If no change was submitted to the source
-between T and the end of the last read, then what was read is the source as it was at T, and the
-replica, which held the previous point, now holds T:
+A capture has rounds. A round is a swap at an instant T and the reading of all that changed up to T
+and was not read yet. It is *valid* if no change to what it read was submitted between T and the end
+of its last read. The replica, which held an earlier point, and all that the rounds have read, later
+ones over earlier ones, are then together a state in which a power cut at the T of the last round
+could have left the source:
 
-- a change that completed before T is in the epoch that T closed, so it was read, now or earlier;
-- a change in flight at T may be on the medium in whole, in part or not at all, and what was read
-  may hold any of these: so may a disk after a power cut at T;
-- there was no change after T.
+1. A change that completed before T is there. The drains up to T have it, so a round read it after
+   it had completed; and if a later change hit the same place before T, a later read has that.
+2. A change in flight at T, submitted before it and not completed, may be there in whole, in part or
+   not at all: so it may on a disk that loses power at T. Nothing that is there depends on it, for
+   whoever waited for its completion was still waiting.
+3. No change submitted after T is there. What the last round read was not submitted to in between:
+   that is its validity. What earlier rounds read, they read before T.
 
-That is `crash` consistency. The submitted plane proves it: a change is marked there before the
-driver can see it, so if the plane is empty once the last read has ended, none began in time to be
-read. A program run that the kernel skipped, or any counted loss, spoils the proof, and so does
-another swap: then the point is only `none`.
+Torn writes fall under 2. What an earlier round read torn has either completed before T, and was
+read again, or is in flight at T.
+
+The submitted plane proves validity: a change is marked in it before the driver can see it. A swap
+that others make in between drains it into the link's `racing` set; where the kernel skipped the
+program that marks, the proof fails.
+
+A round that is not valid is followed by another, whose extents are what changed during it. Rounds
+get smaller as long as reading is faster than writing; where they do not, the last one is taken
+under a freeze of the mounted file systems, or there is no point.
 """
 
 from __future__ import annotations
 
-from blktrack.state import Store
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from blktrack import extent
+from blktrack.errors import NoPoint, Refused
+from blktrack.extent import ExtentArray
+from blktrack.quiesce.freeze import Freeze
+from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
+from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold
-from blktrack.tracker.tracking import Gap, Swap, Tracking
+from blktrack.tracker.tracking import Swap, Tracking
+from blktrack.units import format_size
+
+_MOST = 30  # rounds
+_SHRINKS = 0.8  # a round of more than this part of the one before does not count as smaller
+_PATIENCE = 3  # such rounds in a row
+_SHORT, _CALM = 0.3, 1.2  # seconds that the last round may take: to go for a freeze, to try one
+
+# Reads extents into the replica or its stage; calls back when the last read has ended.
+Read = Callable[[ExtentArray, Callable[[], None]], None]
 
 
-def consistency(store: Store, device: BlockDevice, number: str, swap: Swap) -> str:
-    """`crash` or `none`; to be asked as soon as the last read of the source has ended."""
-    state = store.device(number)
-    if state is None:
-        return "none"
+@dataclass
+class Captured:
+    """A capture that came to an end. `read` are the extents of all rounds, coalesced."""
+
+    swap: Swap
+    consistency: str  # none, crash or filesystem
+    rounds: int = 0
+    read: ExtentArray = field(default_factory=extent.empty)
+    freeze_s: float = 0.0
+
+
+@dataclass
+class Source:
+    """A tracked device and the link that is captured for."""
+
+    store: Store
+    device: BlockDevice
+    number: str  # DeviceState.id
+    sets: LinkSets
+
+    def _state(self) -> DeviceState:
+        state = self.store.device(self.number)
+        assert state is not None
+        return state
+
+    def is_valid(self, swap: Swap, extents: ExtentArray) -> bool:
+        """Whether a round's reading of `extents`, now ended, is of the instant of its swap. Gap."""
+        with (
+            hold(self.store, self.number, self.device.path),
+            Tracking(self.store, self._state(), self.device) as tracking,
+        ):
+            if tracking.state.generation != swap.generation:
+                return False
+            return tracking.seen_since(swap) and not extent.intersect(
+                extents, self.sets.raced(tracking.submitted())
+            )
+
+    def next_round(self) -> tuple[Swap, ExtentArray]:
+        """Swap, and what changed since the round before."""
+        with (
+            hold(self.store, self.number, self.device.path),
+            Tracking(self.store, self._state(), self.device) as tracking,
+        ):
+            swap = tracking.drain()
+            self.sets.watch()
+            return swap, self.sets.take_more()
+
+
+def capture(
+    source: Source,
+    swap: Swap,
+    extents: ExtentArray,
+    read: Read,
+    *,
+    consistency: str,
+    freeze: Callable[[], Freeze] | None = None,
+) -> Captured:
+    """Read rounds, the first of them `extents` as of `swap`, until the point asked for is reached.
+
+    none -- one round; it is told to be `crash` if it happens to be valid.
+    crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze.
+    filesystem -- until they are small, and the last one under a freeze.
+    NoPoint where that is not to be had; Gap if a change may have gone unseen meanwhile.
+    """
+    rounds = _Rounds(source, read, Captured(swap, "none"))
+    done, pace = rounds.done, rounds.pace
+    while True:
+        valid = rounds.take(swap, extents)
+        if valid and consistency != "filesystem":
+            done.consistency = "crash"
+            return done
+        if consistency == "none":
+            return done
+        if pace.is_stuck or (consistency == "filesystem" and pace.is_short(_SHORT)):
+            break
+        swap, extents = source.next_round()
+    if freeze is None or not pace.is_short(_CALM):
+        raise _no_point(source, pace)
     try:
-        with hold(store, number, device.path), Tracking(store, state, device) as tracking:
-            same = tracking.epoch.number == swap.epoch and state.generation == swap.generation
-            return "crash" if same and tracking.quiet_since_swap() else "none"
-    except Gap:
-        return "none"
+        with freeze() as frozen:
+            valid = rounds.take(*source.next_round())
+    except Refused as error:
+        if consistency == "filesystem":
+            raise
+        raise _no_point(source, pace, f", and {error}") from error
+    done.freeze_s = frozen.seconds
+    if not valid:
+        raise NoPoint(
+            f"{source.device.path} was written under the freeze, past its file systems",
+            hint="end what writes to the device itself, then try again",
+        )
+    done.consistency = "filesystem"
+    return done
+
+
+@dataclass
+class _Pace:
+    """How long rounds are, in bytes and seconds."""
+
+    sizes: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    stalls: int = 0
+
+    def note(self, size: int, seconds: float) -> None:
+        if self.sizes:
+            self.stalls = self.stalls + 1 if size > _SHRINKS * self.sizes[-1] else 0
+        self.sizes.append(size)
+        self.seconds += seconds
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether further rounds are not expected to be smaller."""
+        return self.stalls >= _PATIENCE or len(self.sizes) >= _MOST
+
+    def is_short(self, limit: float) -> bool:
+        """Whether a round as large as the last one takes less than so many seconds."""
+        return self.sizes[-1] * self.seconds <= limit * max(sum(self.sizes), 1)
+
+
+@dataclass
+class _Rounds:
+    """The rounds of one capture."""
+
+    source: Source
+    read: Read
+    done: Captured
+    pace: _Pace = field(default_factory=_Pace)
+
+    def take(self, swap: Swap, extents: ExtentArray) -> bool:
+        """Read one round and note it; whether it is valid."""
+        valid = not len(extents)
+
+        def read_ended() -> None:
+            nonlocal valid
+            valid = self.source.is_valid(swap, extents)
+
+        begun = time.monotonic()
+        if len(extents):
+            self.read(extents, read_ended)
+        self.pace.note(extent.total(extents), time.monotonic() - begun)
+        done = self.done
+        done.swap, done.rounds = swap, done.rounds + 1
+        done.read = extent.union(done.read, extents)
+        return valid
+
+
+def _no_point(source: Source, pace: _Pace, more: str = "") -> NoPoint:
+    sizes = ", ".join(format_size(size) for size in pace.sizes[-4:])
+    return NoPoint(
+        f"{source.device.path} is written faster than it can be read: no consistent point in "
+        f"{len(pace.sizes)} rounds (the last of {sizes}){more}",
+        hint="try again when less is written, or take what there is with --consistency none",
+    )

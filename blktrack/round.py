@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from blktrack import capture, crash
-from blktrack.errors import NotTracked, ResyncNeeded
+from blktrack import crash, extent
+from blktrack.capture import Source, capture
+from blktrack.errors import CopyFailed, Interrupted, NotTracked, Refused, ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.point import Point
+from blktrack.quiesce.find import FileSystem, file_systems
+from blktrack.quiesce.freeze import Freeze
 from blktrack.ship.copy import Copied, Mode, copy
-from blktrack.ship.endpoint import open_end
+from blktrack.ship.endpoint import Endpoint, open_end
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
 from blktrack.state import DeviceState, Doubt, LinkState, Store
@@ -26,6 +30,7 @@ from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.status import resync_reason
 from blktrack.tracker.tracking import Gap, Swap, Tracking
+from blktrack.units import format_size
 
 
 class Observer(Protocol):
@@ -45,6 +50,8 @@ class Options:
     no_resync: bool = False
     force: bool = False
     limit: int | None = None  # bytes of the source read per second
+    consistency: str = "crash"  # or none, or filesystem: what a point must be
+    freeze: bool = True  # where rounds do not get smaller, a crash point may be taken under one
     stop: threading.Event = field(default_factory=threading.Event)
     signum: int = 0  # set together with `stop`
 
@@ -57,6 +64,19 @@ class Plan:
     reason: str
     swap: Swap
     extents: ExtentArray
+
+
+@dataclass
+class Shipped:
+    """What became of a plan. Bytes are those of all rounds of its capture."""
+
+    point: Point
+    rounds: int
+    read: ExtentArray  # all that was read, coalesced
+    different: ExtentArray  # in a resync, what was not the same on the replica
+    bytes_written: int
+    bytes_zeroed: int
+    freeze_s: float
 
 
 @dataclass
@@ -76,7 +96,10 @@ class Round:
         with hold(self.store, self.number, self.device.path):
             state = self.store.device(self.number)
             if state is None or not state.wanted:
-                raise NotTracked(f"{self.device.path} is no longer tracked")
+                raise NotTracked(
+                    f"{self.device.path} is no longer tracked",
+                    hint=f"run blktrack track {self.device.path} first",
+                )
             tracking, swap = self._drain(state)
             with tracking:
                 self._catch_up(tracking.state)
@@ -113,6 +136,7 @@ class Round:
                         Doubt.add(link.doubts, link.filled, reason)
                     self.store.save_link(self.number, link)
                     crash.point("fill-recorded")
+                sets.watch()
         if mode == "incremental" and not len(extents):
             mode = "nothing"
         return Plan(mode, reason, swap, extents), sets
@@ -168,53 +192,96 @@ class Round:
             return "resync", reason
         if record.lacks(self.link.cursor):
             return "resync", "the replica is not at the point that it was brought to"
-        if self.link.phase == "incremental" and record.state is State.READY:
-            return "resync", "the replica went back to a point that a sync had begun to leave"
         return "incremental", ""
 
-    def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> tuple[str, Copied]:
-        """Copy the planned extents; the consistency of what was read, and what became of it."""
-        level = "none"
+    def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
+        """Capture the planned extents, and bring the replica to the point that was reached.
 
-        def read_done() -> None:
-            nonlocal level
-            level = capture.consistency(self.store, self.device, self.number, plan.swap)
-
-        if not len(plan.extents):
-            read_done()
-            return level, Copied()
-        between = State.APPLYING if plan.mode == "incremental" else State.UNFINISHED
+        An increment is staged beside the replica and applied as a whole; a full copy or a resync,
+        which have no point to protect, go straight into it.
+        """
         crash.point("ship-planned")
-        self.replica.begin(between, plan.swap.generation)
-        crash.point("ship-begun")
-        with open_end(self.device.path) as source:
-            copied = copy(
-                source,
-                self.replica.end,
-                plan.extents,
-                mode=Mode.REPAIR if plan.mode == "resync" else Mode.COPY,
-                granularity=max(sets.granularity, 4096),
-                progress=observer.done,
-                checkpoint=lambda done: self._shipped(plan, sets, done),
-                read_done=read_done,
-                stop=self.options.stop,
-                limit=self.options.limit,
-                known_zero=self.replica.blank,
-            )
-        return level, copied
+        if plan.mode == "nothing":
+            shipped = self._capture(plan, sets, observer, self.replica.end)
+            self.replica.commit(shipped.point)
+        elif plan.mode == "incremental":
+            stage = self.replica.stage()
+            try:
+                shipped = self._capture(plan, sets, observer, stage.end)
+                stage.seal(shipped.read, shipped.point)
+            except BaseException:
+                stage.drop()
+                raise
+            self.replica.apply(stage)
+        else:
+            self.replica.begin(State.UNFINISHED, plan.swap.generation)
+            crash.point("ship-begun")
+            shipped = self._capture(plan, sets, observer, self.replica.end)
+            self.replica.commit(shipped.point)
+        return shipped
 
-    def _shipped(self, plan: Plan, sets: LinkSets, done: ExtentArray) -> None:
-        """These are durable on the replica, which from here on must not be found at its old point:
-        the link notes so before it forgets them."""
-        if plan.mode == "incremental" and self.link.phase != "incremental":
-            self.link.phase = "incremental"
-            self.store.save_link(self.number, self.link)
-            crash.point("ship-noted")
-        sets.shipped(done)
+    def _capture(self, plan: Plan, sets: LinkSets, observer: Observer, end: Endpoint) -> Shipped:
+        """Read rounds into the replica or a stage, until the point asked for is reached."""
+        staged = plan.mode == "incremental"
+        copies: list[Copied] = []
+        with open_end(self.device.path) as source:
+
+            def read(extents: ExtentArray, ended: Callable[[], None]) -> None:
+                before = sum(copied.bytes_read for copied in copies)
+                copied = copy(
+                    source,
+                    end,
+                    extents,
+                    mode=Mode.REPAIR if plan.mode == "resync" and not copies else Mode.COPY,
+                    granularity=max(sets.granularity, 4096),
+                    progress=lambda count: observer.done(before + count),
+                    checkpoint=None if staged else sets.shipped,
+                    read_done=ended,
+                    stop=self.options.stop,
+                    limit=self.options.limit,
+                    known_zero=not copies and (staged or self.replica.blank),
+                )
+                copies.append(copied)
+                judge(plan.mode, copied, self.device.path, self.link.target, self.options)
+
+            found = capture(
+                Source(self.store, self.device, self.number, sets),
+                plan.swap,
+                plan.extents,
+                read,
+                consistency=self.options.consistency,
+                freeze=self._freezing(),
+            )
+        swap = found.swap
+        return Shipped(
+            Point(swap.epoch, swap.generation, swap.time, found.consistency),
+            found.rounds if len(found.read) else 0,
+            found.read,
+            copies[0].different if copies else extent.empty(),
+            sum(copied.bytes_written for copied in copies),
+            sum(copied.bytes_zeroed for copied in copies),
+            found.freeze_s,
+        )
+
+    def _freezing(self) -> Callable[[], Freeze] | None:
+        """How to freeze the source; None if that is not wanted or there is nothing to freeze."""
+        wanted = self.options.consistency == "filesystem"
+        if not wanted and not self.options.freeze:
+            return None
+        mounted: list[FileSystem] = []
+        try:
+            mounted = file_systems(self.device)
+        except Refused:
+            if wanted:
+                raise
+        if not mounted and not wanted:
+            return None
+        paths = self.store.paths
+        must_write = [paths.run, paths.lib, *self.replica.writes]
+        return lambda: Freeze(self.device, mounted, must_write=must_write)
 
     def commit(self, point: Point, sets: LinkSets) -> None:
-        """Replica first, then the link, then what the link no longer has to ship."""
-        self.replica.commit(point)
+        """The replica is there: the link follows, then what it no longer has to ship goes."""
         crash.point("commit-replica")
         self.link.cursor = point
         self.link.phase = self.link.filled = self.link.reason = ""
@@ -222,3 +289,22 @@ class Round:
         crash.point("commit-link")
         sets.all_shipped()
         crash.point("commit-sets")
+
+
+def judge(mode: str, copied: Copied, path: str, target: str, options: Options) -> None:
+    """An incomplete copy is no point: say what is missing. What was shipped stays shipped."""
+    if len(copied.failed):
+        places = extent.to_list(copied.failed)
+        shown = ", ".join(str(place) for place in places[:4])
+        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
+        raise CopyFailed(
+            f"{path} could not be read at {shown}{more} "
+            f"({format_size(extent.total(copied.failed))})",
+            hint="the rest was dealt with; these extents stay pending: check the disk, try again",
+        )
+    if copied.interrupted:
+        raise Interrupted(
+            f"{mode} of {path} and {target} was interrupted",
+            signum=options.signum,
+            hint="what was done is kept: run it again to go on from there",
+        )

@@ -23,9 +23,10 @@ replaced in one step, so a process may die between any two stores. What is then 
   change places in one step. Died before: shipped from both, once.
 - fill: all bits of `shipping` are set, `pending` is cleared, LINK.json says so. Died before the
   last: more is shipped than had to be, and filled again.
-- ship: the replica's record says between two points, data, flush, LINK.json says that it was left,
-  bits of `shipping` are cleared. Died before the last: shipped again. A replica that is at its old
-  point after that was put back there, and is compared.
+- ship, a full copy or a resync: the replica's record says between two points, data, flush, bits of
+  `shipping` are cleared. Died before the last: shipped again.
+- ship, an increment: staged, sealed, applied; no bit is cleared before the commit. Died before it is
+  sealed: the replica is as it was. After: its next user finishes it.
 - commit: the replica's record says its point, LINK.json has the cursor, `shipping` is cleared. Died
   before the second: the replica is ahead of its link, which follows it. Before the last: shipped
   again.
@@ -117,9 +118,7 @@ class LinkState:
     name: str
     target: str
     cursor: Point | None = None  # the last point that the replica committed
-    phase: str = (
-        ""  # what is under way: "initial", "resync", "incremental" once bits were forgotten
-    )
+    phase: str = ""  # "initial" or "resync" while one is under way
     filled: str = ""  # generation in which `shipping` was filled for that phase
     reason: str = ""  # why a resync
     doubts: list[Doubt] = field(default_factory=list)  # of the replica, newest last

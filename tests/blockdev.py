@@ -214,7 +214,9 @@ class Lab:
         return Done(done.returncode, done.stdout, done.stderr)
 
     def sync(self, device: str, target: str | Path) -> SyncReport:
-        return sync.sync(self.store, device, str(target), Options(), Silent())[0]
+        """To a point of any consistency: most of what is tested does not wait for quiet."""
+        options = Options(consistency="none")
+        return sync.sync(self.store, device, str(target), options, Silent())[0]
 
     def status(self, device: str) -> dict[str, Any]:
         (found,) = status.status(self.store, device)

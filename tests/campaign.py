@@ -33,17 +33,8 @@ SIZE = 8 * MIB
 LARGEST = 3 * SIZE  # to which it may grow
 UNTRACKED, REPAIR = "it was untracked", "repair was asked for"
 
-# Points that no command comes to: it has to stage its increments first.
-NOT_YET = {
-    "apply-copied",
-    "apply-done",
-    "stage-created",
-    "stage-dropped",
-    "stage-flushed",
-    "stage-listed",
-    "stage-sealed",
-    "stage-unsealed",
-}
+# Points that a command comes to only if it is lucky: here, if a round was not valid.
+BY_CHANCE = {"more-added"}
 
 Strike = Callable[..., None]  # of a command, given by its words
 Situation = Callable[["Campaign", Strike], None]
@@ -53,8 +44,8 @@ Situation = Callable[["Campaign", Strike], None]
 def points() -> tuple[str, ...]:
     """The names of all crash points that commands come to."""
     names = all_points()
-    assert set(names) >= NOT_YET
-    return tuple(name for name in names if name not in NOT_YET)
+    assert set(names) >= BY_CHANCE
+    return tuple(name for name in names if name not in BY_CHANCE)
 
 
 @functools.cache
@@ -148,7 +139,8 @@ class Campaign:
                 self.hits[point] += 1
                 self.deaths += 1
             else:
-                assert done.code == 0, f"{words}: {done.code}, {done.err}"
+                # 4: under these writes there was no point to be had.
+                assert done.code in (0, 4), f"{words}: {done.code}, {done.err}"
 
         return strike
 
@@ -167,7 +159,7 @@ class Campaign:
         if process.returncode == -signal.SIGKILL:
             self.deaths += 1
         else:
-            assert process.returncode == 0, f"{words}: {process.returncode}, {errors}"
+            assert process.returncode in (0, 4), f"{words}: {process.returncode}, {errors}"
         assert "Traceback" not in errors, errors
 
     # Situations.
@@ -186,7 +178,7 @@ class Campaign:
     def taken(self, strike: Strike) -> None:
         """What has been taken by a dead sync is added to."""
         target = self._target()
-        self.at(self.random.choice(["take-done", "ship-begun"]))("sync", self.device, target)
+        self.at(self.random.choice(["take-done", "ship-planned"]))("sync", self.device, target)
         self._write()
         strike("sync", self.device, target)
 

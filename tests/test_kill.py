@@ -131,9 +131,9 @@ def test_a_growth_that_died_and_was_taken_back(shared: Lab) -> None:
 
 # Steps in a wrong order: file, text, text that replaces it, situation, death, what is found.
 CLEARED_FIRST = """
-        found = self.retired.nonzero()
-        self.retired.clear(found)
-        crash.point("mutant")
+    found = retired.nonzero()
+    retired.clear(found)
+    crash.point("mutant")
 """
 TAKEN_AFTERWARDS = """
             taken = np.array(self.pending.words)
@@ -148,10 +148,10 @@ RECORDED_BEFORE_IT_IS_FILLED = """
                     sets.fill()
 """
 CURSOR_FIRST = """
-        self.link.cursor = point
-        self.store.save_link(self.number, self.link)
-        crash.point("mutant")
-        self.replica.commit(point)
+                self.link.cursor = shipped.point
+                self.store.save_link(self.number, self.link)
+                crash.point("mutant")
+                stage.seal(shipped.read, shipped.point)
 """
 NEW_SLOT_FIRST = """
     state.slot, state.maps, state.size = slot, maps, window.length
@@ -166,8 +166,8 @@ STOPPED_FIRST = """
 """
 BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
     "a map is cleared before it is merged": (
-        "tracker/tracking.py",
-        "\n        found = self.retired.nonzero()\n",
+        "tracker/absorb.py",
+        "\n    found = retired.nonzero()\n",
         CLEARED_FIRST,
         Campaign.incremental,
         "mutant",
@@ -199,16 +199,17 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
     ),
     "what is to ship is forgotten before it is written": (
         "round.py",
-        '        crash.point("ship-begun")\n',
-        '        crash.point("ship-begun")\n        sets.all_shipped()\n'
-        '        crash.point("mutant")\n',
+        "\n            stage = self.replica.stage()\n",
+        "\n            sets.all_shipped()\n"
+        '            crash.point("mutant")\n'
+        "            stage = self.replica.stage()\n",
         Campaign.incremental,
         "mutant",
         "stale",
     ),
-    "the cursor moves before the replica commits": (
+    "the cursor moves before the increment is sealed": (
         "round.py",
-        "\n        self.replica.commit(point)\n",
+        "\n                stage.seal(shipped.read, shipped.point)\n",
         CURSOR_FIRST,
         Campaign.incremental,
         "mutant",

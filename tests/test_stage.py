@@ -31,7 +31,6 @@ from blktrack.ship.replica import Replica
 from blktrack.ship.stage import Stage, is_left
 from blktrack.units import KIB, MIB
 from tests.blockdev import flush, told
-from tests.campaign import NOT_YET
 from tests.loopdev import Disks, disks_in_memory
 from tests.stager import TOP, Child, Order, bring, open_replica, point
 from tests.test_copy import content, image, patched, random_extents, whole
@@ -286,7 +285,18 @@ def test_zeroes_become_holes(disks: Disks, seed: int, kind: str) -> None:
 # Death.
 
 
-ON_THE_WAY = sorted({*NOT_YET, "apply-recorded", "commit-flushed"})
+ON_THE_WAY = [
+    "apply-copied",
+    "apply-done",
+    "apply-recorded",
+    "commit-flushed",
+    "stage-created",
+    "stage-dropped",
+    "stage-flushed",
+    "stage-listed",
+    "stage-sealed",
+    "stage-unsealed",
+]
 FILES = [f"file-{step}:{turn}" for step in ("written", "renamed") for turn in range(1, 5)]
 
 

@@ -85,7 +85,8 @@ def test_a_point_under_writes_claims_nothing(lab: Lab) -> None:
     fill(device)
     lab.track(device)
     with repeating(lambda: change(device, 32 * MIB, 4 * KIB)):
-        first = lab.blktrack("sync", device, replica, "--json").json
+        words = ("sync", device, replica, "--consistency", "none", "--json")
+        first = lab.blktrack(*words).json
     assert first["consistency"] == "none"
     last = lab.blktrack("sync", device, replica, "--json").json
     assert last["consistency"] == "crash"

@@ -37,12 +37,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="overwrite a target that holds something else"
     )
-    # More levels come with atomic points; until then the level is reported, not chosen.
     parser.add_argument(
         "--consistency",
-        choices=["none"],
-        default="none",
-        help="what a point must be; one taken while nothing was written is reported as crash",
+        choices=["none", "crash", "filesystem"],
+        default="crash",
+        help="what a point must be: crash, a state that pulling the plug could have left "
+        "(default); filesystem, one that mounts cleanly, by a short freeze; none, whatever was "
+        "read while writes went on",
+    )
+    parser.add_argument(
+        "--no-freeze",
+        action="store_true",
+        help="never freeze file systems for a crash point that is not to be had without",
     )
     add_json(parser)
     add_quiet(parser)
@@ -50,6 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = Options(full=args.full, no_resync=args.no_resync, limit=args.limit, force=args.force)
+    options.consistency, options.freeze = args.consistency, not args.no_freeze
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report, _ = sync(store(), args.device, args.target, options, watcher)
     if args.json:

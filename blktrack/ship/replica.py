@@ -25,6 +25,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -110,6 +111,11 @@ class Replica:
     @property
     def existing_state(self) -> State | None:
         return self.record.state if self.record else None
+
+    @property
+    def writes(self) -> list[Path]:
+        """What is written to on the way to a point."""
+        return [self._place.folder, Path(self.target.path)]
 
     def stage(self) -> Stage:
         """Begin an increment beside the replica, which stays at its point. An older one is dropped.
