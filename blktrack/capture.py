@@ -40,7 +40,7 @@ from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold
-from blktrack.tracker.tracking import Swap, Tracking
+from blktrack.tracker.tracking import Gap, Swap, Tracking
 from blktrack.units import format_size
 
 _MOST = 30  # rounds
@@ -89,12 +89,14 @@ class Source:
                 extents, self.sets.raced(tracking.submitted())
             )
 
-    def next_round(self) -> tuple[Swap, ExtentArray]:
-        """Swap, and what changed since the round before."""
+    def next_round(self, before: Swap) -> tuple[Swap, ExtentArray]:
+        """Swap, and what changed since the round before. Gap."""
         with (
             hold(self.store, self.number, self.device.path),
             Tracking(self.store, self._state(), self.device) as tracking,
         ):
+            if tracking.state.generation != before.generation:
+                raise Gap(f"{self.device.path}: tracking began anew while it was read")
             swap = tracking.drain()
             self.sets.watch()
             return swap, self.sets.take_more()
@@ -107,13 +109,14 @@ def capture(
     read: Read,
     *,
     consistency: str,
-    freeze: Callable[[], Freeze] | None = None,
+    freeze: Callable[[], Freeze | None],
 ) -> Captured:
     """Read rounds, the first of them `extents` as of `swap`, until the point asked for is reached.
 
     none -- one round; it is told to be `crash` if it happens to be valid.
     crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze.
     filesystem -- until they are small, and the last one under a freeze.
+    `freeze` is asked for only then; it says None where there is nothing to freeze.
     NoPoint where that is not to be had; Gap if a change may have gone unseen meanwhile.
     """
     rounds = _Rounds(source, read, Captured(swap, "none"))
@@ -127,12 +130,13 @@ def capture(
             return done
         if pace.is_stuck or (consistency == "filesystem" and pace.is_short(_SHORT)):
             break
-        swap, extents = source.next_round()
-    if freeze is None or not pace.is_short(_CALM):
-        raise _no_point(source, pace)
+        swap, extents = source.next_round(swap)
     try:
-        with freeze() as frozen:
-            valid = rounds.take(*source.next_round())
+        freezing = freeze() if pace.is_short(_CALM) else None
+        if freezing is None:
+            raise _no_point(source, pace)
+        with freezing as frozen:
+            valid = rounds.take(*source.next_round(swap))
     except Refused as error:
         if consistency == "filesystem":
             raise

@@ -14,10 +14,10 @@ from typing import Protocol
 
 from blktrack import crash, extent
 from blktrack.capture import Source, capture
-from blktrack.errors import CopyFailed, Interrupted, NotTracked, Refused, ResyncNeeded
+from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.point import Point
-from blktrack.quiesce.find import FileSystem, file_systems
+from blktrack.quiesce.find import file_systems
 from blktrack.quiesce.freeze import Freeze
 from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import Endpoint, open_end
@@ -137,7 +137,8 @@ class Round:
                     self.store.save_link(self.number, link)
                     crash.point("fill-recorded")
                 sets.watch()
-        if mode == "incremental" and not len(extents):
+        # Under a freeze more is going to change: that has to be staged.
+        if mode == "incremental" and not len(extents) and self.options.consistency != "filesystem":
             mode = "nothing"
         return Plan(mode, reason, swap, extents), sets
 
@@ -250,7 +251,7 @@ class Round:
                 plan.extents,
                 read,
                 consistency=self.options.consistency,
-                freeze=self._freezing(),
+                freeze=self._freeze,
             )
         swap = found.swap
         return Shipped(
@@ -263,22 +264,18 @@ class Round:
             found.freeze_s,
         )
 
-    def _freezing(self) -> Callable[[], Freeze] | None:
-        """How to freeze the source; None if that is not wanted or there is nothing to freeze."""
+    def _freeze(self) -> Freeze | None:
+        """The file systems of the source, to be frozen; None if there is nothing to freeze, or if
+        it is not wanted. Refused."""
         wanted = self.options.consistency == "filesystem"
         if not wanted and not self.options.freeze:
             return None
-        mounted: list[FileSystem] = []
-        try:
-            mounted = file_systems(self.device)
-        except Refused:
-            if wanted:
-                raise
+        mounted = file_systems(self.device)
         if not mounted and not wanted:
             return None
         paths = self.store.paths
         must_write = [paths.run, paths.lib, *self.replica.writes]
-        return lambda: Freeze(self.device, mounted, must_write=must_write)
+        return Freeze(self.device, mounted, must_write=must_write)
 
     def commit(self, point: Point, sets: LinkSets) -> None:
         """The replica is there: the link follows, then what it no longer has to ship goes."""
@@ -292,7 +289,8 @@ class Round:
 
 
 def judge(mode: str, copied: Copied, path: str, target: str, options: Options) -> None:
-    """An incomplete copy is no point: say what is missing. What was shipped stays shipped."""
+    """An incomplete copy is no point: say what is missing."""
+    kept = "the replica is at its point" if mode == "incremental" else "the rest is kept"
     if len(copied.failed):
         places = extent.to_list(copied.failed)
         shown = ", ".join(str(place) for place in places[:4])
@@ -300,11 +298,11 @@ def judge(mode: str, copied: Copied, path: str, target: str, options: Options) -
         raise CopyFailed(
             f"{path} could not be read at {shown}{more} "
             f"({format_size(extent.total(copied.failed))})",
-            hint="the rest was dealt with; these extents stay pending: check the disk, try again",
+            hint=f"{kept}; these extents stay pending: check the disk, try again",
         )
     if copied.interrupted:
         raise Interrupted(
             f"{mode} of {path} and {target} was interrupted",
             signum=options.signum,
-            hint="what was done is kept: run it again to go on from there",
+            hint=f"{kept}: run it again to go on",
         )

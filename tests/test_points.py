@@ -144,6 +144,27 @@ def test_every_point_keeps_the_order_of_writes(shared: Lab, kind: str, pace: str
         assert reached == count
 
 
+def test_a_freeze_of_a_quiet_source_is_staged_too(shared: Lab) -> None:
+    """Nothing had changed, but the freeze itself writes."""
+    device, replica = shared.loop(64 * MIB), shared.name("replica")
+    run("mkfs.ext4", "-q", device)
+    shared.track(device)
+    shared.sync(device, replica)
+    wanted = Options(consistency="filesystem")
+    with shared.mounted(device) as point:
+        for name in ("one", "two"):
+            (point / name).write_text(name)
+            report = sync.sync(shared.store, device, str(replica), wanted, Silent())[0]
+            assert (report.mode, report.consistency) == ("incremental", "filesystem")
+            report = sync.sync(shared.store, device, str(replica), wanted, Silent())[0]
+            assert report.consistency == "filesystem"
+            run("e2fsck", "-f", "-n", replica)
+            with shared.mounted(str(replica), "-o", "loop,ro") as seen:
+                assert (seen / name).read_text() == name
+    link = shared.status(device)["links"][0]
+    assert (link["state"], link["reason"]) == ("ready", "")
+
+
 def test_without_validation_the_order_is_lost(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture.Source, "is_valid", lambda *_: True)
     found = []
