@@ -166,32 +166,33 @@ def test_a_replica_that_is_gone_is_copied_anew(shared: Lab) -> None:
     assert Path(pair.file).stat().st_size == SIZE
 
 
-def interrupted(lab: Lab, pair: Pair, *words: str) -> None:
-    """A sync of the file that ships some of what it has to, and is then told to end."""
-    before = read_image(pair.file)
-    running = start(lab, "sync", pair.source, pair.file, "--limit", "3M", *words)
-    wait_until(lambda: bool((read_image(pair.file) != before).any()), "some of it to be shipped")
+def interrupted(lab: Lab, pair: Pair, begun: Callable[[], bool]) -> None:
+    """A sync of the file that is told to end once it has begun to write."""
+    running = start(lab, "sync", pair.source, pair.file, "--limit", "3M")
+    wait_until(begun, "some of it to be shipped")
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)
     assert running.returncode == 130
 
 
 def test_a_replica_that_went_back_from_the_middle_of_an_increment(shared: Lab) -> None:
-    """It is at the very point of its link; what the sync had shipped is known nowhere else."""
+    """What the sync had staged was dropped, and nothing of it forgotten."""
     pair = Pair(shared)
     pair.keep()
     for number in range(24):
         pair.change(number * MIB, number + 1)
         write_direct(pair.source, number * MIB + 64 * KIB, bytes(512 * KIB))
-    interrupted(shared, pair)
+    staged = Path(f"{pair.file}.blktrack/incoming.img")
+    interrupted(shared, pair, lambda: staged.exists() and staged.stat().st_blocks > 0)
+    assert not staged.exists()
     pair.restore()
     done = shared.sync(pair.source, pair.file)
     assert not sectors.faults(read_image(pair.source), read_image(pair.file))
-    assert done.mode == "resync"
-    assert "went back" in done.reason
+    assert done.mode == "incremental"
 
 
 def test_a_replica_that_went_back_from_the_middle_of_a_resync(shared: Lab) -> None:
+    """It is at the very point of its link; what the sync had shipped is known nowhere else."""
     pair = Pair(shared)
     for number in range(0, 32, 4):
         pair.change(number * MIB, number + 1)
@@ -199,7 +200,8 @@ def test_a_replica_that_went_back_from_the_middle_of_a_resync(shared: Lab) -> No
     with pair.file.open("r+b") as replica:
         replica.seek(30 * MIB)
         replica.write(bytes(4 * KIB))
-    interrupted(shared, pair)
+    before = read_image(pair.file)
+    interrupted(shared, pair, lambda: bool((read_image(pair.file) != before).any()))
     pair.restore()
     shared.sync(pair.source, pair.file)
     assert not sectors.faults(read_image(pair.source), read_image(pair.file))
