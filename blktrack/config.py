@@ -28,9 +28,14 @@ class Paths:
                 Path("/var/lib/blktrack"),
                 Path("/etc/blktrack/blktrack.toml"),
             )
+        return cls.below(Path(root))
+
+    @classmethod
+    def below(cls, root: Path) -> Paths:
+        """Those of an instance of its own."""
         import hashlib  # 25 ms that only this case needs
 
-        base = Path(root).resolve()
+        base = root.resolve()
         tag = hashlib.sha256(str(base).encode()).hexdigest()[:12]
         return cls(
             BPFFS / f"blktrack-{tag}",

@@ -26,7 +26,7 @@ class Past(Report):
 
 @dataclass
 class LinkStatus(Report):
-    target: str
+    target: str  # "": streams
     name: str
     epoch: int | None  # of the cursor
     point: float | None  # the instant whose state the replica holds
@@ -59,6 +59,7 @@ class DeviceStatus(Report):
 @dataclass
 class StatusReport(Report):
     devices: list[DeviceStatus]
+    replicas: list[ReplicaStatus] = field(default_factory=list)
 
 
 @dataclass
@@ -76,6 +77,66 @@ class SyncReport(Report):
     bytes_wire: int  # sent to another host
     freeze_s: float
     duration_s: float
+
+
+@dataclass
+class SendReport(Report):
+    link: str
+    mode: str  # initial, incremental, resync: all of it again, nothing
+    reason: str
+    base: int | None  # the epoch that the receiver has to be at; None: any, all of it is sent
+    epoch: int  # to be committed once the receiver has it
+    point: float
+    consistency: str
+    rounds: int
+    extents: int
+    bytes_changed: int
+    bytes_shipped: int
+    bytes_zeroed: int
+    bytes_wire: int  # of the stream
+    freeze_s: float
+    duration_s: float
+
+
+@dataclass
+class CommitReport(Report):
+    link: str
+    epoch: int
+    point: float
+    consistency: str
+
+
+@dataclass
+class RecvReport(Report):
+    target: str
+    link: str  # uuid
+    source: str  # the device, as its host calls it
+    mode: str  # initial: all of it, incremental
+    epoch: int  # for blktrack send --commit
+    point: float
+    consistency: str
+    extents: int
+    bytes_changed: int
+    bytes_shipped: int
+    bytes_zeroed: int
+    bytes_wire: int  # of the stream
+    duration_s: float = 0.0
+
+
+@dataclass
+class ReplicaStatus(Report):
+    target: str
+    source: str  # the device, as its host calls it
+    link: str  # uuid
+    state: (
+        str  # ready, waiting: at its point and another is complete; unfinished, applying, changed
+    )
+    reason: str  # why it is at no point
+    epoch: int | None
+    point: float | None
+    consistency: str | None
+    next_epoch: int | None  # of what is complete and waits
+    next_point: float | None
 
 
 @dataclass

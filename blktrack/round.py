@@ -1,4 +1,4 @@
-"""One sync round of one link: drain, plan, copy, commit.
+"""One round of one link, whoever receives it: drain, plan, capture, commit.
 
 The device's lock is held for the time of a swap only. What was begun and not committed is finished
 by the next round: see `state`.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from blktrack import crash, extent
@@ -21,14 +23,11 @@ from blktrack.quiesce.find import file_systems
 from blktrack.quiesce.freeze import Freeze
 from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import Endpoint, open_end
-from blktrack.ship.record import State
-from blktrack.ship.replica import Replica
 from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold, open_tracking
-from blktrack.tracker.status import resync_reason
 from blktrack.tracker.tracking import Gap, Swap, Tracking
 from blktrack.units import format_size
 
@@ -80,15 +79,31 @@ class Shipped:
 
 
 @dataclass
-class Round:
+class Round(ABC):
     """One round of one link. `number` is the device's id."""
 
     store: Store
     device: BlockDevice
     number: str
     link: LinkState
-    replica: Replica
     options: Options
+
+    @abstractmethod
+    def mode(self, state: DeviceState) -> tuple[str, str]:
+        """How to bring the receiver on, as in SyncReport, and why if not the usual way."""
+
+    @abstractmethod
+    def has_part(self) -> bool:
+        """Whether the receiver still has what an interrupted round brought to it in place."""
+
+    @abstractmethod
+    def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
+        """Capture what is planned into the receiver."""
+
+    @property
+    def writes(self) -> list[Path]:
+        """What is written to on the way, and so cannot be frozen meanwhile."""
+        return [self.store.paths.run, self.store.paths.lib]
 
     def prepare(self) -> tuple[Plan, LinkSets]:
         """Close the epoch and decide what to ship. A gap begins a new generation here."""
@@ -102,14 +117,9 @@ class Round:
                 )
             tracking, swap = self._drain(state)
             with tracking:
-                self._catch_up(tracking.state)
-                mode, reason = self._mode(tracking.state)
-                resumed = (
-                    link.phase == mode
-                    and link.filled == tracking.state.generation
-                    and self.replica.existing_state is State.UNFINISHED
-                    and not self.replica.changed
-                )
+                mode, reason = self.mode(tracking.state)
+                filled = link.phase == mode and link.filled == tracking.state.generation
+                resumed = filled and self.has_part()
                 sets = None
                 try:
                     sets = LinkSets(tracking, link)
@@ -119,12 +129,15 @@ class Round:
                         mode, reason = "resync", "its pending set is gone"
                 if mode == "resync" and self.options.no_resync:
                     raise ResyncNeeded(
-                        f"{link.target} needs a resync: {reason}", hint="run it without --no-resync"
+                        f"{link} needs a resync: {reason}", hint="run it without --no-resync"
                     )
                 if sets is None:
                     # Known before it has sets: none are left behind that nobody looks at.
                     self.store.save_link(self.number, link)
                     sets = LinkSets(tracking, link, create=True)
+                if link.settles:  # more is taken than was sent
+                    link.settles = False
+                    self.store.save_link(self.number, link)
                 if mode == "incremental" or resumed:
                     extents = sets.take()
                 else:
@@ -160,90 +173,44 @@ class Round:
         tracking = Tracking(self.store, state, self.device)
         return tracking, tracking.drain()
 
-    def _catch_up(self, state: DeviceState) -> None:
-        """A death between the two commits leaves the replica ahead of the link: follow it."""
-        link, record = self.link, self.replica.record
-        if record is None or record.state is not State.READY or self.replica.changed:
-            return
-        point, cursor = record.point, link.cursor
-        if point is None or point.generation != state.generation:
-            return
-        behind = cursor is None or cursor.generation != point.generation
-        if behind or (cursor and cursor.epoch < point.epoch):
-            link.cursor = point
-            link.phase = link.filled = link.reason = ""
-            self.store.save_link(self.number, link)
+    def capture(
+        self,
+        plan: Plan,
+        sets: LinkSets,
+        observer: Observer,
+        end: Endpoint,
+        *,
+        in_place: bool,
+        blank: bool,
+    ) -> Shipped:
+        """Read rounds into `end` until the point asked for is reached.
 
-    def _mode(self, state: DeviceState) -> tuple[str, str]:
-        """How to bring the replica up, and why if not the usual way."""
-        record = self.replica.record
-        if self.options.full:
-            return "initial", "a full copy was asked for"
-        if record is None:
-            return "initial", "the replica is new" if self.link.cursor else ""
-        if self.link.phase == "initial":
-            return "initial", self.link.reason
-        if self.options.resync:
-            return "resync", self.options.resync
-        if self.replica.changed:
-            return "resync", f"the replica is not as it was left: {self.replica.changed}"
-        if self.link.cursor is None:
-            return "resync", "the replica was made by a link that is not known here"
-        if reason := resync_reason(state, self.link):
-            return "resync", reason
-        if record.lacks(self.link.cursor):
-            return "resync", "the replica is not at the point that it was brought to"
-        return "incremental", ""
-
-    def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
-        """Capture the planned extents, and bring the replica to the point that was reached.
-
-        An increment is staged beside the replica and applied as a whole; a full copy or a resync,
-        which have no point to protect, go straight into it.
+        in_place -- what is durable there need not be shipped again.
+        blank -- all of it reads as zeroes.
         """
-        crash.point("ship-planned")
-        if plan.mode == "nothing":
-            shipped = self._capture(plan, sets, observer, self.replica.end)
-            self.replica.commit(shipped.point)
-        elif plan.mode == "incremental":
-            stage = self.replica.stage()
-            try:
-                shipped = self._capture(plan, sets, observer, stage.end)
-                stage.seal(shipped.read, shipped.point)
-            except BaseException:
-                stage.drop()
-                raise
-            self.replica.apply(stage)
-        else:
-            self.replica.begin(State.UNFINISHED, plan.swap.generation)
-            crash.point("ship-begun")
-            shipped = self._capture(plan, sets, observer, self.replica.end)
-            self.replica.commit(shipped.point)
-        return shipped
-
-    def _capture(self, plan: Plan, sets: LinkSets, observer: Observer, end: Endpoint) -> Shipped:
-        """Read rounds into the replica or a stage, until the point asked for is reached."""
-        staged = plan.mode == "incremental"
         copies: list[Copied] = []
         with open_end(self.device.path) as source:
 
             def read(extents: ExtentArray, ended: Callable[[], None]) -> None:
                 before = sum(copied.bytes_read for copied in copies)
+                compare = plan.mode == "resync" and in_place and not copies
                 copied = copy(
                     source,
                     end,
                     extents,
-                    mode=Mode.REPAIR if plan.mode == "resync" and not copies else Mode.COPY,
+                    mode=Mode.REPAIR if compare else Mode.COPY,
                     granularity=max(sets.granularity, 4096),
                     progress=lambda count: observer.done(before + count),
-                    checkpoint=None if staged else sets.shipped,
+                    checkpoint=sets.shipped if in_place else None,
                     read_done=ended,
                     stop=self.options.stop,
                     limit=self.options.limit,
-                    known_zero=not copies and (staged or self.replica.blank),
+                    known_zero=blank and not copies,
                 )
                 copies.append(copied)
-                judge(plan.mode, copied, self.device.path, self.link.target, self.options)
+                judge(
+                    plan.mode, copied, self.device.path, self.link, self.options, in_place=in_place
+                )
 
             found = capture(
                 Source(self.store, self.device, self.number, sets),
@@ -273,24 +240,29 @@ class Round:
         mounted = file_systems(self.device)
         if not mounted and not wanted:
             return None
-        paths = self.store.paths
-        must_write = [paths.run, paths.lib, *self.replica.writes]
-        return Freeze(self.device, mounted, must_write=must_write)
+        return Freeze(self.device, mounted, must_write=self.writes)
 
     def commit(self, point: Point, sets: LinkSets) -> None:
-        """The replica is there: the link follows, then what it no longer has to ship goes."""
+        """The receiver is there: the link follows, then what it no longer has to ship goes."""
         crash.point("commit-replica")
-        self.link.cursor = point
-        self.link.phase = self.link.filled = self.link.reason = ""
+        self.link.move_to(point)
         self.store.save_link(self.number, self.link)
         crash.point("commit-link")
         sets.all_shipped()
         crash.point("commit-sets")
 
 
-def judge(mode: str, copied: Copied, path: str, target: str, options: Options) -> None:
+def judge(
+    what: str,
+    copied: Copied,
+    path: str,
+    receiver: object,
+    options: Options,
+    *,
+    in_place: bool = False,
+) -> None:
     """An incomplete copy is no point: say what is missing."""
-    kept = "the replica is at its point" if mode == "incremental" else "the rest is kept"
+    kept = "the rest is kept" if in_place else "the replica is at its point"
     if len(copied.failed):
         places = extent.to_list(copied.failed)
         shown = ", ".join(str(place) for place in places[:4])
@@ -302,7 +274,7 @@ def judge(mode: str, copied: Copied, path: str, target: str, options: Options) -
         )
     if copied.interrupted:
         raise Interrupted(
-            f"{mode} of {path} and {target} was interrupted",
+            f"{what} of {path} and {receiver} was interrupted",
             signum=options.signum,
             hint=f"{kept}: run it again to go on",
         )

@@ -30,6 +30,9 @@ replaced in one step, so a process may die between any two stores. What is then 
 - commit: the replica's record says its point, LINK.json has the cursor, `shipping` is cleared. Died
   before the second: the replica is ahead of its link, which follows it. Before the last: shipped
   again.
+- send: `shipping` is taken and streamed, LINK.json says where that led. Died before the last: sent
+  again. Committed by its user: LINK.json has the cursor, `shipping` is cleared, if nothing more was
+  taken since.
 - grow: a second slot, a last drain of the first, longer sets, epoch.json, device.json names the
   second. Died before the last: the first slot is in force, the second nobody's, all is done again.
 - stop: LINK.rest, rest.json, device.json says resting, the slot goes. Died before resting: it is
@@ -116,12 +119,23 @@ class LinkState:
 
     id: str
     name: str
-    target: str
+    target: str  # "": streams, whose receiver is not known here
     cursor: Point | None = None  # the last point that the replica committed
     phase: str = ""  # "initial" or "resync" while one is under way
     filled: str = ""  # generation in which `shipping` was filled for that phase
     reason: str = ""  # why a resync
     doubts: list[Doubt] = field(default_factory=list)  # of the replica, newest last
+    sent: list[Point] = field(default_factory=list)  # where streams led of which no commit is known
+    settles: bool = False  # the commit of the last of them leaves nothing in `shipping`
+
+    def __str__(self) -> str:
+        return self.target or f"link {self.name}"
+
+    def move_to(self, point: Point) -> None:
+        """The replica has committed this point. A stream that starts before it is void."""
+        self.cursor = point
+        self.phase = self.filled = self.reason = ""
+        self.sent, self.settles = [], False
 
 
 @dataclass
@@ -153,6 +167,10 @@ class Store:
 
     def run(self, device: str) -> Path:
         return self.paths.run / "devices" / device
+
+    def link_lock(self, device: str, link: str) -> Path:
+        """Held by whoever moves bits of the link towards a receiver."""
+        return self.run(device) / f"{link}.lock"
 
     def link_run(self, device: str, link: str) -> Path:
         return self.run(device) / "links" / link
@@ -189,6 +207,7 @@ class Store:
         link = _known(LinkState, raw)
         link.doubts = [_known(Doubt, doubt) for doubt in raw.get("doubts", [])]
         link.cursor = _known(Point, raw["cursor"]) if raw.get("cursor") else None
+        link.sent = [_known(Point, point) for point in raw.get("sent", [])]
         return link
 
     def save_link(self, device: str, link: LinkState) -> None:

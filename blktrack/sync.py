@@ -1,26 +1,25 @@
-"""Bringing a replica to a point of its source, and comparing the two.
+"""Bringing a replica of this host to a point of its source.
 
-Locks are taken in this order: the replica, and with it the link, for the whole sync; the device for
-the time of a swap.
+Locks are taken in this order: the replica and the link, for the whole sync; the device for the time
+of a swap.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-
-from blktrack import extent
-from blktrack.report import SyncReport, VerifyReport
-from blktrack.round import Observer, Options, Plan, Round, Shipped, judge
-from blktrack.ship.copy import Mode, copy
-from blktrack.ship.endpoint import open_end
+from blktrack import crash, extent
+from blktrack.durable import lock
+from blktrack.report import SyncReport
+from blktrack.round import Observer, Options, Plan, Round, Shipped
+from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
-from blktrack.ship.target import Target
-from blktrack.state import LinkState, Store
-from blktrack.sysfs import BlockDevice
+from blktrack.state import DeviceState, LinkState, Store
+from blktrack.tracker.link import LinkSets
+from blktrack.tracker.status import resync_reason
 from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Gap
 from blktrack.uevents import Watch
@@ -42,12 +41,13 @@ def sync(
     ) as replica:
         # Read anew: whoever had the replica until now may have moved the cursor.
         link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
-        current = Round(store, device, state.id, link, replica, options)
-        try:
-            plan, shipped = _ship(current, observer)
-        except Gap:
-            # It came while the source was read: a new generation, and a resync, in one go.
-            plan, shipped = _ship(current, observer)
+        current = Replication(store, device, state.id, link, options, replica)
+        with lock(store.link_lock(state.id, link.id), what=f"the link to {target}"):
+            try:
+                plan, shipped = _ship(current, observer)
+            except Gap:
+                # It came while the source was read: a new generation, and a resync, in one go.
+                plan, shipped = _ship(current, observer)
     report = SyncReport(
         mode=plan.mode,
         reason=plan.reason,
@@ -66,7 +66,7 @@ def sync(
     return report, shipped
 
 
-def _ship(current: Round, observer: Observer) -> tuple[Plan, Shipped]:
+def _ship(current: Replication, observer: Observer) -> tuple[Plan, Shipped]:
     plan, sets = current.prepare()
     replica = current.replica.target.device
     with sets, Watch(current.options.stop, current.device, replica, writable=True):
@@ -89,50 +89,82 @@ def _new_link(store: Store, number: str, target: str, replica: Replica) -> LinkS
     return LinkState(replica.link, name, target)
 
 
-def verify(
-    store: Store, path: str, target: str, options: Options, observer: Observer
-) -> VerifyReport:
-    """Compare every byte of the device with the replica; nothing is written."""
-    device = BlockDevice.find(path)
-    other = Target.find(target).device
-    with (
-        Watch(options.stop, device, other),
-        open_end(device.path) as source,
-        open_end(target) as replica,
-    ):
-        size = min(source.size, replica.size)
-        observer.phase("verify", size)
-        whole = extent.from_pairs([(0, size)])
-        copied = copy(
-            source,
-            replica,
-            whole,
-            mode=Mode.COMPARE,
-            progress=observer.done,
-            stop=options.stop,
-            limit=options.limit,
+@dataclass
+class Replication(Round):
+    """A round into a replica."""
+
+    replica: Replica
+
+    def mode(self, state: DeviceState) -> tuple[str, str]:
+        self._follow(state)
+        record = self.replica.record
+        if self.options.full:
+            return "initial", "a full copy was asked for"
+        if record is None:
+            return "initial", "the replica is new" if self.link.cursor else ""
+        if self.link.phase == "initial":
+            return "initial", self.link.reason
+        if self.options.resync:
+            return "resync", self.options.resync
+        if self.replica.changed:
+            return "resync", f"the replica is not as it was left: {self.replica.changed}"
+        if self.link.cursor is None:
+            return "resync", "the replica was made by a link that is not known here"
+        if reason := resync_reason(state, self.link):
+            return "resync", reason
+        if record.lacks(self.link.cursor):
+            return "resync", "the replica is not at the point that it was brought to"
+        return "incremental", ""
+
+    def _follow(self, state: DeviceState) -> None:
+        """A death between the two commits leaves the replica ahead of the link: follow it."""
+        link, record = self.link, self.replica.record
+        if record is None or record.state is not State.READY or self.replica.changed:
+            return
+        point, cursor = record.point, link.cursor
+        if point is None or point.generation != state.generation:
+            return
+        behind = cursor is None or cursor.generation != point.generation
+        if behind or (cursor and cursor.epoch < point.epoch):
+            link.move_to(point)
+            self.store.save_link(self.number, link)
+
+    def has_part(self) -> bool:
+        unfinished = self.replica.existing_state is State.UNFINISHED
+        return unfinished and not self.replica.changed
+
+    @property
+    def writes(self) -> list[Path]:
+        return [*super().writes, *self.replica.writes]
+
+    def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
+        """Capture the planned extents, and bring the replica to the point that was reached.
+
+        An increment is staged beside the replica and applied as a whole; a full copy or a resync,
+        which have no point to protect, go straight into it.
+        """
+        crash.point("ship-planned")
+        if plan.mode == "nothing":
+            shipped = self._in_place(plan, sets, observer)
+        elif plan.mode == "incremental":
+            stage = self.replica.stage()
+            try:
+                shipped = self.capture(plan, sets, observer, stage.end, in_place=False, blank=True)
+                stage.seal(shipped.read, shipped.point)
+            except BaseException:
+                stage.drop()
+                raise
+            self.replica.apply(stage)
+        else:
+            self.replica.begin(State.UNFINISHED, plan.swap.generation)
+            crash.point("ship-begun")
+            shipped = self._in_place(plan, sets, observer)
+        return shipped
+
+    def _in_place(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
+        replica = self.replica
+        shipped = self.capture(
+            plan, sets, observer, replica.end, in_place=True, blank=replica.blank
         )
-        missing = extent.from_pairs([(size, source.size - size)])
-        judge("verify", copied, path, target, options)
-    different = np.concatenate([copied.different, missing])
-    return VerifyReport(
-        bytes_compared=size,
-        bytes_different=extent.total(different),
-        bytes_repaired=0,
-        extents=different.tolist(),
-    )
-
-
-def repair(
-    store: Store, path: str, target: str, options: Options, observer: Observer
-) -> VerifyReport:
-    """Compare every byte and rewrite what differs: a resync, whose point the replica is then at."""
-    options.resync = "repair was asked for"
-    report, shipped = sync(store, path, target, options, observer)
-    different = extent.total(shipped.different)
-    return VerifyReport(
-        bytes_compared=report.bytes_changed,
-        bytes_different=different,
-        bytes_repaired=different,
-        extents=shipped.different.tolist(),
-    )
+        replica.commit(shipped.point)
+        return shipped

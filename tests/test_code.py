@@ -45,14 +45,18 @@ FLOORS = {
     "ship.worker": 3,
     "ship.apply": 3,
     "ship.replica": 3,
+    "ship.receive": 4,
+    "ship.tell": 4,
     "tracker": 3,
     "doctor": 3,
     "quiesce": 3,
     "capture": 4,
     "round": 5,
     "sync": 6,
-    "cli": 7,
-    "__main__": 8,  # python -m blktrack: calls cli
+    "send": 6,
+    "verify": 7,
+    "cli": 8,
+    "__main__": 9,  # python -m blktrack: calls cli
 }
 
 # Who alone may import what from outside: the rooms that may, by the module that they import.

@@ -26,6 +26,8 @@ COMMANDS = {
     "status": "devices, replicas, pending bytes, lag, doubts",
     "extents": "what the next sync would ship",
     "sync": "bring a replica to the present state of a device",
+    "send": "write a delta for a replica elsewhere",
+    "recv": "bring a replica to where a delta leads",
     "verify": "compare a replica with its device",
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",

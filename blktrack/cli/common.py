@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from blktrack.config import Paths
-from blktrack.errors import UsageError
+from blktrack.errors import Interrupted, UsageError
 from blktrack.report import Report
 from blktrack.state import Store
 from blktrack.units import parse_size
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from blktrack.round import Options
 
 
+def paths() -> Paths:
+    return Paths.from_environment()
+
+
 def store() -> Store:
-    return Store(Paths.from_environment())
+    return Store(paths())
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +37,29 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only errors")
+
+
+def add_capture(parser: argparse.ArgumentParser) -> None:
+    """How a device is read that is being written."""
+    parser.add_argument(
+        "--consistency",
+        choices=["none", "crash", "filesystem"],
+        default="crash",
+        help="what a point must be: crash, a state that pulling the plug could have left "
+        "(default); filesystem, one that mounts cleanly, by a short freeze; none, whatever was "
+        "read while writes went on",
+    )
+    parser.add_argument(
+        "--no-freeze",
+        action="store_true",
+        help="never freeze file systems for a crash point that is not to be had without",
+    )
+
+
+def capture_options(args: argparse.Namespace) -> Options:
+    from blktrack.round import Options
+
+    return Options(consistency=args.consistency, freeze=not args.no_freeze)
 
 
 def size(text: str) -> int:
@@ -87,6 +114,26 @@ def stoppable(options: Options) -> Iterator[None]:
             os.kill(os.getpid(), number)
         options.signum = number
         options.stop.set()
+
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = [number for number in watched if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible(doing: str, kept: str) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted where the main thread is, which may be waiting
+    for input; a second one ends the process."""
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted(f"{doing} was interrupted", signum=number, hint=kept)
 
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     caught = [number for number in watched if signal.getsignal(number) is not signal.SIG_IGN]

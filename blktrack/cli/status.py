@@ -1,33 +1,68 @@
-"""Show devices and their replicas: state, pending bytes, lag, doubts.
+"""Show devices and their replicas: state, pending bytes, lag, doubts. Of a replica, the point that
+it holds; one that is complete beside it is applied first.
 
-blktrack status
-blktrack status /dev/sdb --json
+  blktrack status
+  blktrack status /dev/sdb --json
+  blktrack status /backup/sdb.img
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
-from blktrack.cli.common import add_json, emit, instant, store
-from blktrack.report import DeviceStatus, LinkStatus, StatusReport
+from blktrack.cli.common import add_json, emit, instant, paths, store
+from blktrack.errors import NotTracked
+from blktrack.report import DeviceStatus, LinkStatus, ReplicaStatus, StatusReport
+from blktrack.ship.tell import replica_status
 from blktrack.tracker.status import status
 from blktrack.units import format_duration, format_size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("device", metavar="DEVICE", nargs="?", help="only this one")
+    parser.add_argument(
+        "device", metavar="DEVICE", nargs="?", help="only this one: a device, or a replica"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    report = StatusReport(status(store(), args.device))
+    report = _look(args.device)
     if args.json:
         emit(report)
-    elif not report.devices:
+    elif not report.devices and not report.replicas:
         print("no device is tracked; blktrack track DEVICE begins")
     else:
-        print("\n\n".join(_device(device) for device in report.devices))
+        told = [_device(device) for device in report.devices]
+        print("\n\n".join(told + [_replica(replica) for replica in report.replicas]))
     return 0
+
+
+def _look(name: str | None) -> StatusReport:
+    """A device may be both a source and a replica."""
+    replica = replica_status(os.path.abspath(name), paths()) if name else None
+    replicas = [replica] if replica else []
+    try:
+        return StatusReport(status(store(), name), replicas)
+    except NotTracked:
+        if not replicas:
+            raise
+        return StatusReport([], replicas)
+
+
+def _replica(replica: ReplicaStatus) -> str:
+    text = f"{replica.target}  replica of {replica.source}  {replica.state}"
+    if replica.point is not None:
+        left = "last " if replica.state in ("changed", "applying") else ""
+        text += (
+            f"\n  {left}point  {instant(replica.point)}, epoch {replica.epoch},"
+            f" consistency {replica.consistency}"
+        )
+    if replica.next_point is not None:
+        text += f"\n  next   {instant(replica.next_point)}, epoch {replica.next_epoch}"
+    if replica.reason:
+        text += f"\n  {replica.reason}"
+    return text
 
 
 def _device(device: DeviceStatus) -> str:
@@ -54,7 +89,7 @@ def _device(device: DeviceStatus) -> str:
 
 
 def _link(link: LinkStatus) -> str:
-    text = f"  -> {link.target}  {link.state}"
+    text = f"  -> {link.target or f'link {link.name}'}  {link.state}"
     if link.point is not None and link.lag_s is not None:
         text += (
             f", at {instant(link.point)} ({link.consistency}), {format_duration(link.lag_s)} ago"

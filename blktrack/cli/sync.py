@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 
 from blktrack.cli.common import (
+    add_capture,
     add_json,
     add_quiet,
+    capture_options,
     emit,
     instant,
     size,
@@ -21,7 +23,6 @@ from blktrack.cli.common import (
 )
 from blktrack.cli.progress import Watcher
 from blktrack.report import SyncReport
-from blktrack.round import Options
 from blktrack.sync import sync
 from blktrack.units import format_duration, format_size
 
@@ -37,26 +38,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="overwrite a target that holds something else"
     )
-    parser.add_argument(
-        "--consistency",
-        choices=["none", "crash", "filesystem"],
-        default="crash",
-        help="what a point must be: crash, a state that pulling the plug could have left "
-        "(default); filesystem, one that mounts cleanly, by a short freeze; none, whatever was "
-        "read while writes went on",
-    )
-    parser.add_argument(
-        "--no-freeze",
-        action="store_true",
-        help="never freeze file systems for a crash point that is not to be had without",
-    )
+    add_capture(parser)
     add_json(parser)
     add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    options = Options(full=args.full, no_resync=args.no_resync, limit=args.limit, force=args.force)
-    options.consistency, options.freeze = args.consistency, not args.no_freeze
+    options = capture_options(args)
+    options.full, options.force = args.full, args.force
+    options.no_resync, options.limit = args.no_resync, args.limit
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report, _ = sync(store(), args.device, args.target, options, watcher)
     if args.json:

@@ -14,8 +14,8 @@ from blktrack.cli.common import add_json, add_quiet, emit, size, stoppable, stor
 from blktrack.cli.progress import Watcher
 from blktrack.report import VerifyReport
 from blktrack.round import Options
-from blktrack.sync import repair, verify
 from blktrack.units import format_size
+from blktrack.verify import repair, verify
 
 _SHOWN = 10
 

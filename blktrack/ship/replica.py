@@ -25,6 +25,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,7 +41,7 @@ from blktrack.ship.header import StageDamaged
 from blktrack.ship.place import Place, folder_of, lock_of
 from blktrack.ship.record import Origin, Record, Seal, State
 from blktrack.ship.stage import Stage, discard
-from blktrack.ship.target import Signature, Target, check, signature
+from blktrack.ship.target import Signature, Target, check, check_idle, check_room, signature
 from blktrack.sysfs import BlockDevice
 
 
@@ -52,7 +53,7 @@ class Replica:
     blank: bool  # all of it is known to read as zeroes
     finished: Point | None  # to which `open` brought it, from what an earlier run had sealed
 
-    def __init__(self, place: Place, source: BlockDevice) -> None:
+    def __init__(self, place: Place, source: BlockDevice | Origin) -> None:
         self.changed = ""
         self.blank = False
         self.finished = None
@@ -66,7 +67,7 @@ class Replica:
         cls,
         name: str,
         *,
-        source: BlockDevice,
+        source: BlockDevice | Origin,
         link: str | None,
         paths: Paths,
         force: bool = False,
@@ -74,6 +75,7 @@ class Replica:
     ) -> Self:
         """Take the target for a replica of `source`, or refuse it.
 
+        source -- an Origin where the source is not on this host: it is then known by its link.
         link -- the uuid that this source and target are linked by, None if none is known: then one
             found on the replica of this source goes on, as `changed`, or a new one is made.
         force -- take what holds other data, or belongs to another source or link.
@@ -82,7 +84,11 @@ class Replica:
         Raises Refused, Busy if another run has it, UsageError for a target that cannot be reached.
         """
         target = Target.find(name)
-        check(target, source, writable=writable)
+        if isinstance(source, Origin):
+            check_room(target, source.size)
+            check_idle(target)
+        else:
+            check(target, source, writable=writable)
         folder = folder_of(target, paths)
         with contextlib.ExitStack() as held:
             lock = lock_of(folder, paths)
@@ -111,6 +117,14 @@ class Replica:
     @property
     def existing_state(self) -> State | None:
         return self.record.state if self.record else None
+
+    @property
+    def has_point(self) -> bool:
+        """Whether its bytes are those of a point, to be kept until there is another."""
+        record = self.record
+        if record is None or record.state is not State.READY or record.point is None:
+            return False
+        return not self.changed
 
     @property
     def writes(self) -> list[Path]:
@@ -148,7 +162,7 @@ class Replica:
                 hint="run blktrack sync: it compares the replica with its source and repairs it",
             )
         try:
-            apply(self._place, stage, Origin.of(self._source, stage.point.generation), progress)
+            apply(self._place, stage, self._origin(stage.point.generation), progress)
         except StageDamaged as error:
             self.changed = str(error)
             raise
@@ -162,15 +176,20 @@ class Replica:
         point = self.record.point if self.record and state is State.APPLYING else None
         if state is State.READY or (state is State.APPLYING and point is None):
             raise ValueError(f"a replica without a point cannot be {state}")
-        self._place.leave(self.link, Origin.of(self._source, generation), state, point)
+        self._place.leave(self.link, self._origin(generation), state, point)
         discard(self._place.folder)  # whatever is staged starts from a point that is left
 
     def commit(self, point: Point) -> None:
         """Make the bytes durable, then record that they are at `point`."""
         if self.record is None:
             raise ValueError("commit without begin")
-        self._place.arrive(self.link, Origin.of(self._source, point.generation), point)
+        self._place.arrive(self.link, self._origin(point.generation), point)
         self.changed = ""
+
+    def _origin(self, generation: str) -> Origin:
+        if isinstance(self._source, Origin):
+            return replace(self._source, generation=generation)
+        return Origin.of(self._source, generation)
 
     def close(self) -> None:
         self._held.close()
@@ -235,33 +254,41 @@ class Replica:
         )
 
     def _belongs(self, record: Record, link: str | None) -> str:
-        if not record.source.is_of(self._source):
+        if isinstance(self._source, BlockDevice) and not record.source.is_of(self._source):
             return f"is a replica of {record.source.device} ({record.source.name or 'no name'})"
         if link is not None and record.link != link:
             return f"belongs to another link of {record.source.device} ({record.link})"
         return ""
 
+    @property
+    def _named(self) -> str:
+        source = self._source
+        return source.device if isinstance(source, Origin) else source.path
+
     def _refuse_stranger(self) -> None:
         """Refuse what was put in the replica's place: bytes that the source would not explain."""
         found = signature(self.target.path)
-        if found != Signature() and found != signature(self._source.path):
-            raise Refused(
-                f"{self.target.name} was a replica, but now carries {found} that the source"
-                f" {self._source.path} does not",
-                hint="choose another replica, or --force to overwrite it",
-            )
+        if found == Signature():
+            return
+        if isinstance(self._source, BlockDevice) and found == signature(self._source.path):
+            return
+        raise Refused(
+            f"{self.target.name} was a replica, but now carries {found} that its source"
+            f" {self._named} may not",
+            hint="choose another replica, or --force to overwrite it",
+        )
 
     def _refuse_content(self) -> None:
         name = self.target.name
         if self.target.device is not None:
             if (found := signature(self.target.path)) != Signature():
                 raise Refused(
-                    f"{name} carries {found}, and is not a replica of {self._source.path}",
+                    f"{name} carries {found}, and is not a replica of {self._named}",
                     hint=f"wipefs -a {name} if it may go, or --force; or choose another replica",
                 )
         elif not self.blank:
             raise Refused(
-                f"{name} is a file with data in it, and not a replica of {self._source.path}",
+                f"{name} is a file with data in it, and not a replica of {self._named}",
                 hint="choose another name, or --force to overwrite it",
             )
 

@@ -73,6 +73,7 @@ def check(target: Target, source: BlockDevice, *, writable: bool = True) -> None
     """Refused if the target is in use, is part of the source or cannot hold it."""
     if target.device is not None:
         _check_relation(target.name, target.device, source)
+        check_room(target, source.size)
         _check_device(target.name, target.device, source)
     else:
         _check_file(target, source)
@@ -97,6 +98,17 @@ def check_idle(target: Target) -> None:
         raise Refused(f"{name} is used as swap", hint=f"swapoff {name}, or {_OTHER}")
 
 
+def check_room(target: Target, size: int) -> None:
+    """Refused if a device is smaller than its source of `size` bytes."""
+    device = target.device
+    if device is not None and device.size < size:
+        raise Refused(
+            f"{target.name} is too small: {format_size(device.size)} ({device.size} bytes) for a"
+            f" source of {format_size(size)} ({size} bytes)",
+            hint="choose a replica at least as large as the source",
+        )
+
+
 def _check_relation(name: str, device: BlockDevice, source: BlockDevice) -> None:
     reason = ""
     if device.number == source.number:
@@ -116,12 +128,6 @@ def _check_relation(name: str, device: BlockDevice, source: BlockDevice) -> None
 
 
 def _check_device(name: str, device: BlockDevice, source: BlockDevice) -> None:
-    if device.size < source.size:
-        raise Refused(
-            f"{name} is too small: {format_size(device.size)} ({device.size} bytes) for a source of"
-            f" {format_size(source.size)} ({source.size} bytes)",
-            hint="choose a replica at least as large as the source",
-        )
     if device.block_size > source.block_size:
         raise Refused(
             f"{name} has blocks of {device.block_size} bytes, the source of {source.block_size}:"

@@ -128,7 +128,9 @@ def _link_status(
 
 
 def _change(store: Store, link: LinkState, cursor: Point) -> str:
-    """What seems to have happened to the replica since its last sync."""
+    """What seems to have happened to the replica since its last sync; of streams nobody knows."""
+    if not link.target:
+        return ""
     try:
         record, change = inspect(link.target, store.paths)
     except BlktrackError as error:

@@ -1,0 +1,64 @@
+"""Bring a replica to the point that a delta on standard input leads to: all of it or nothing.
+
+The first delta of a link is a full copy and makes the replica. A later one has to start at the
+replica's point; what is damaged, cut off or for another replica is refused, and changes nothing.
+The epoch that is printed is for blktrack send --commit on the other side.
+
+  ssh source blktrack send /dev/sdb --link here | blktrack recv /backup/sdb.img
+  blktrack recv /backup/sdb.img < monday.delta
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from blktrack.cli.common import add_json, add_quiet, emit, instant, interruptible, paths, target
+from blktrack.cli.progress import Watcher
+from blktrack.errors import UsageError
+from blktrack.report import RecvReport
+from blktrack.ship.receive import receive
+from blktrack.units import format_duration, format_size
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", type=target, help="a device or a file")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite a target that holds something else"
+    )
+    add_json(parser)
+    add_quiet(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if os.isatty(sys.stdin.fileno()):
+        raise UsageError(
+            "a delta is expected on standard input, which is a terminal",
+            hint="blktrack send ... | blktrack recv TARGET, or blktrack recv TARGET < FILE",
+        )
+    begun = time.monotonic()
+    with (
+        Watcher(quiet=args.quiet) as watcher,
+        interruptible("receiving", "a replica that had a point is at it, or gets to the next"),
+        open(sys.stdin.fileno(), "rb", closefd=False) as file,
+    ):
+        watcher.phase("recv", 0)
+        report = receive(file, args.target, paths(), force=args.force, progress=watcher.done)
+    report.duration_s = time.monotonic() - begun
+    if args.json:
+        emit(report)
+    elif not args.quiet:
+        print(describe(report))
+    return 0
+
+
+def describe(report: RecvReport) -> str:
+    zero = f", {format_size(report.bytes_zeroed)} zero" if report.bytes_zeroed else ""
+    return (
+        f"{report.mode}: {format_size(report.bytes_shipped)} of data{zero} in {report.extents}"
+        f" extents from {report.source}, {format_duration(report.duration_s)}\n"
+        f"replica is at epoch {report.epoch}, {instant(report.point)},"
+        f" consistency {report.consistency}"
+    )
