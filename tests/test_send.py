@@ -71,7 +71,7 @@ def test_a_pipe_of_a_shell(shared: Lab) -> None:
         ["bash", "-c", line], cwd=TOP, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "replica is at epoch" in done.stdout and "blktrack send --commit" in done.stderr
+    assert "replica is at epoch" in done.stdout and f"--link {LINK} --commit 1" in done.stderr
     assert hosts.identical()
 
 
@@ -240,7 +240,7 @@ def test_a_delta_that_starts_elsewhere(hosts: Hosts) -> None:
     hosts.received(first)
     done = hosts.recv(first)  # again
     assert done.code == 1 and f"is at epoch {report.epoch}" in done.err
-    assert f"blktrack send --commit {report.epoch}" in done.err
+    assert f"--commit {report.epoch}" in done.err
     hosts.commit(report.epoch)
     hosts.change(2 * MIB)
     second, report = hosts.sent()

@@ -91,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.as_json()), file=sys.stderr)
     elif not args.quiet:
-        print(describe(report), file=sys.stderr)
+        print(describe(report, args.device), file=sys.stderr)
     return 0
 
 
-def describe(report: SendReport) -> str:
+def describe(report: SendReport, device: str) -> str:
     reason = f" ({report.reason})" if report.reason else ""
     start = f"from epoch {report.base}" if report.base is not None else "all of it"
     return (
@@ -103,7 +103,7 @@ def describe(report: SendReport) -> str:
         f" {format_size(report.bytes_changed)} in {report.extents} extents,"
         f" {format_size(report.bytes_wire)} sent, {format_duration(report.duration_s)}\n"
         f"leads to {instant(report.point)}, consistency {report.consistency}; when it is there:"
-        f" blktrack send --commit {report.epoch}"
+        f" blktrack send {device} --link {report.link} --commit {report.epoch}"
     )
 
 

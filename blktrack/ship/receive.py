@@ -95,7 +95,8 @@ def _check_start(replica: Replica, header: Header) -> None:
         at = record.point
         hint = full
         if at.generation == base.generation and at.epoch > base.epoch:
-            hint = f"tell its sender (blktrack send --commit {at.epoch}), then send again"
+            sender = f"blktrack send {header.source.device} --link ... --commit {at.epoch}"
+            hint = f"tell its sender ({sender}), then send again"
         raise Refused(
             f"the delta starts at epoch {base.epoch} of generation {base.generation[:8]}, {name} is"
             f" at epoch {at.epoch} of {at.generation[:8]}",
