@@ -15,12 +15,15 @@ from pathlib import Path
 import pytest
 
 from blktrack import send as sending
+from blktrack.errors import NoPoint
 from blktrack.round import Options
 from blktrack.ship.delta.format import MAGIC
 from blktrack.tracker.tracker import find
 from blktrack.units import KIB, MIB
-from tests.blockdev import TOP, Done, Lab, read_image, wait_until, write_direct
+from tests.blockdev import TOP, Done, Lab, read_image, resize, run, told, wait_until, write_direct
+from tests.chains import CHAIN, judge
 from tests.streams import LINK, Hosts
+from tests.test_points import CHAINS, PACES, writers
 from tests.test_stage import FILES, ON_THE_WAY
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
@@ -83,6 +86,40 @@ def test_compression_makes_it_smaller(hosts: Hosts) -> None:
     assert len(packed) < len(plain) // 2
     assert report.bytes_wire == len(plain)
     assert hosts.received(packed).bytes_shipped == report.bytes_shipped
+    assert (read_image(hosts.source) == read_image(hosts.target)).all()
+
+
+def test_points_of_a_busy_source_keep_the_order_of_writes(shared: Lab) -> None:
+    """Rounds append to one stream: a later frame overrides an earlier one."""
+    hosts = Hosts(shared, CHAINS * CHAIN)
+    hosts.carry()
+    reached = rounds = 0
+    with writers(hosts.source, shared.name("log"), PACES["brisk"]) as log:
+        for _ in range(100):
+            if reached >= 10 and rounds > reached:
+                break
+            try:
+                report = hosts.carry()
+            except NoPoint:
+                continue
+            reached, rounds = reached + 1, rounds + report.rounds
+            image = read_image(hosts.target)
+            for chain in range(CHAINS):
+                least = log.completed_before(chain, report.point)
+                assert not (fault := judge(image, chain, least).fault), fault
+    assert rounds > reached >= 10
+    told(f"streamed, brisk: {reached} points in {rounds / reached:.1f} rounds each, all in order")
+
+
+def test_a_source_that_grows(shared: Lab) -> None:
+    hosts = Hosts(shared, SIZE)
+    hosts.carry()
+    backing = Path(run("losetup", "--noheadings", "--output=BACK-FILE", hosts.source))
+    resize(hosts.source, backing, SIZE + 3 * MIB)
+    hosts.size = SIZE + 3 * MIB
+    hosts.change(SIZE - MIB, 2 * MIB)
+    assert hosts.carry().mode == "incremental"
+    assert hosts.target.stat().st_size == hosts.size
     assert (read_image(hosts.source) == read_image(hosts.target)).all()
 
 
