@@ -149,7 +149,7 @@ class Replication(Round):
         elif plan.mode == "incremental":
             stage = self.replica.stage()
             try:
-                shipped = self.capture(plan, sets, observer, stage.end, in_place=False, blank=True)
+                shipped = self.capture(plan, sets, observer, stage.end, in_place=False, blank=False)
                 stage.seal(shipped.read, shipped.point)
             except BaseException:
                 stage.drop()

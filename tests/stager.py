@@ -64,8 +64,8 @@ def bring(order: Order) -> None:
         open_end(order.source) as source,
         open_end(order.decoy) as decoy,
     ):
-        copy(decoy, stage.end, every[::2], known_zero=True)
-        copy(source, stage.end, every, known_zero=False)
+        copy(decoy, stage.end, every[::2])
+        copy(source, stage.end, every)
         stage.seal(every, point(order.epoch))
         replica.apply(stage)
 

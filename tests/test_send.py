@@ -374,7 +374,7 @@ def test_interrupted_while_it_waits_for_more(hosts: Hosts) -> None:
     hosts.change(MIB, MIB)
     delta, _ = hosts.sent()
     before = hosts.replica()
-    staged = Path(f"{hosts.target}.blktrack/incoming.img")
+    staged = Path(f"{hosts.target}.blktrack/incoming.pack")
     running = subprocess.Popen(
         [sys.executable, "-m", "blktrack", "recv", str(hosts.target)],
         stdin=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """A sealed stage becomes the replica: all of it, now or at the next touch.
 
-The steps: the record says APPLYING, from which point and to which; the overlay's extents come into
+The steps: the record says APPLYING, from which point and to which; the staged extents come into
 the replica; they are made durable; the record says READY at the new point; the stage is dropped.
 A death before the first leaves the replica at its old point, with the stage sealed: the next touch
 begins here. After the first the next touch does all of it again, from a stage that nothing changes,
@@ -26,12 +26,15 @@ from blktrack.ship.claim import take
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import FileEnd
 from blktrack.ship.header import LOST, StageDamaged
+from blktrack.ship.pack import ZERO, Unpacker
 from blktrack.ship.place import RECORD, Place, folder_of, lock_of
 from blktrack.ship.record import Origin, Record, State
 from blktrack.ship.reflink import share
 from blktrack.ship.stage import Stage, discard, is_left
 from blktrack.ship.target import Target, check_idle
 from blktrack.units import format_size
+
+_WIDE = 1 << 20  # bytes of zeroes that are punched without a look
 
 
 def apply(
@@ -40,7 +43,7 @@ def apply(
     """Bring the replica to the point of a sealed stage, and drop the stage.
 
     CopyFailed where the replica cannot be written: it is to be done again. StageDamaged where the
-    overlay cannot be read: only a resync helps.
+    pack cannot be read: only a resync helps.
     """
     assert stage.point is not None
     if not isinstance(place.end, FileEnd) and place.end.size < stage.size:
@@ -59,21 +62,27 @@ def apply(
 
 
 def _bring(place: Place, stage: Stage, progress: Callable[[int], None] | None) -> None:
-    left = stage.extents
+    index = stage.index
+    every = int(index[:, 1].sum())
     if isinstance(place.end, FileEnd):
-        left = share(stage.end, place.end, left)
-    shared = total(stage.extents) - total(left)
+        index = share(stage.file, place.end, index)
+    # Large zeroes need not be looked at on their way.
+    wide = (index[:, 2] == ZERO) & (index[:, 1] >= _WIDE)
+    for start, length, _ in index[wide].tolist():
+        place.end.zero(start, length)
+    index = index[~wide]
+    done = every - int(index[:, 1].sum())
     if progress is not None:
-        progress(shared)
+        progress(done)
     copied = copy(
-        stage.end,
+        Unpacker(stage.file, index, stage.size),
         place.end,
-        left,
-        progress=None if progress is None else lambda count: progress(shared + count),
+        index[:, :2],
+        progress=None if progress is None else lambda count: progress(done + count),
     )
     if len(copied.failed):
         places = format_size(total(copied.failed))
-        raise StageDamaged(place.folder, f"{places} of it cannot be read ({stage.end.path})")
+        raise StageDamaged(place.folder, f"{places} of it cannot be read ({stage.file.path})")
 
 
 def settle(place: Place, changed: str) -> tuple[Point | None, str]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,15 +18,15 @@ import numpy as np
 
 from blktrack.durable import read_json, write_json
 from blktrack.errors import BlktrackError
-from blktrack.extent import ExtentArray
 from blktrack.point import Point
+from blktrack.ship.pack import Index, fault
 from blktrack.ship.record import Record, State
 
-EXTENTS, HEADER = "incoming.extents", "incoming.json"
+INDEX, HEADER = "incoming.index", "incoming.json"
 FORMAT = 1
 LOST = "it was left between two points, and the increment between them is gone"
 _MOST_HEADER = 64 << 10  # bytes
-_ROW = 16  # bytes of an extent in its file
+_ROW = 24  # bytes of a row in its file
 _LEVELS = ("none", "crash", "filesystem")
 
 
@@ -48,12 +49,18 @@ class Header:
     base: Point  # where it starts
     point: Point  # where it leads
     size: int  # of the source, in bytes
+    packed: int  # length of the pack
     extents: int  # how many
-    digest: str  # of their file
-    written: int  # modification time of the image, in nanoseconds: nothing writes it after the seal
+    digest: str  # of their file and of all the rest here
+    written: int  # modification time of the pack, in nanoseconds: nothing writes it after the seal
 
     def write(self, folder: Path) -> None:
         write_json(folder / HEADER, {"format": FORMAT, **asdict(self)})
+
+    def over(self, index: bytes) -> str:
+        """The digest that it should have with this file of extents."""
+        rest = json.dumps(asdict(replace(self, digest="")), sort_keys=True)
+        return hashlib.blake2b(rest.encode() + index, digest_size=20).hexdigest()
 
     def leads_from(self, record: Record) -> bool:
         """Whether it is the increment that this replica waits for, or is in the middle of."""
@@ -86,6 +93,7 @@ class Header:
                 base=_point(value["base"]),
                 point=_point(value["point"]),
                 size=_number(value, "size"),
+                packed=_number(value, "packed"),
                 extents=_number(value, "extents"),
                 digest=_text(value, "digest"),
                 written=_number(value, "written"),
@@ -94,41 +102,23 @@ class Header:
             raise StageDamaged(folder, f"{HEADER}: {error!r}") from error
 
 
-def read_extents(folder: Path, header: Header) -> ExtentArray:
-    """What the image covers. StageDamaged."""
-    path = folder / EXTENTS
+def read_index(folder: Path, header: Header) -> Index:
+    """What the pack holds and where, resolved. StageDamaged."""
+    path = folder / INDEX
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             if length != header.extents * _ROW:
-                raise StageDamaged(folder, f"{EXTENTS} has not {header.extents} extents")
+                raise StageDamaged(folder, f"{INDEX} has not {header.extents} extents")
             data = file.read(length)
     except OSError as error:
-        raise StageDamaged(folder, f"{EXTENTS}: {error.strerror}") from error
-    if digest(data) != header.digest:
-        raise StageDamaged(folder, f"{EXTENTS} has another digest")
-    extents = np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, 2)
-    if why := fault(extents, header.size):
+        raise StageDamaged(folder, f"{INDEX}: {error.strerror}") from error
+    if header.over(data) != header.digest:
+        raise StageDamaged(folder, f"{HEADER} and {INDEX} have another digest")
+    index = np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(-1, 3)
+    if why := fault(index, header.size, header.packed):
         raise StageDamaged(folder, why)
-    return extents
-
-
-def fault(extents: ExtentArray, size: int) -> str:
-    """Why these are no extents of a device of `size` bytes; "" if they are."""
-    start, length = extents[:, 0], extents[:, 1]
-    if not len(extents):
-        return ""
-    # With both within the size no sum can overflow.
-    if start.min() < 0 or length.min() <= 0 or start.max() > size or length.max() > size:
-        return "an extent has no place"
-    end = start + length
-    if (start[1:] < end[:-1]).any():
-        return "the extents are not sorted, or overlap"
-    return "an extent is beyond the end" if end[-1] > size else ""
-
-
-def digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=20).hexdigest()
+    return index
 
 
 def _number(value: dict[str, Any], key: str) -> int:

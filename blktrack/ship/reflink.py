@@ -1,4 +1,4 @@
-"""Bringing extents of one file into another by sharing their blocks, on file systems that can."""
+"""Bringing a pack's data into a replica by sharing its blocks, on file systems that can."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import numpy as np
 
 from blktrack import linux
-from blktrack.extent import Extent, ExtentArray, from_pairs
+from blktrack.extent import Extent
 from blktrack.ship.endpoint import EndError, FileEnd
+from blktrack.ship.pack import ZERO, Index
 
 # Two file systems, one without reflinks or with other blocks, a swap file.
 _CANNOT = {
@@ -27,37 +28,41 @@ LEAST = 256 << 10
 _PIECE = 1 << 30  # shared by one call
 
 
-def share(source: FileEnd, replica: FileEnd, extents: ExtentArray) -> ExtentArray:
-    """Share what can be shared of `extents`, holes included; what is left to be copied.
+def share(source: FileEnd, replica: FileEnd, index: Index) -> Index:
+    """Share what can be shared of the data in a pack; the rows that are left to be copied.
 
     That is small extents, the ends of others that are no whole blocks, and all where there are no
     reflinks. Durable after flush(). EndError.
     """
     unit = max(os.fstatvfs(replica.fileno()).f_bsize, linux.PAGE)
-    start, end = extents[:, 0], extents[:, 0] + extents[:, 1]
+    start, end, shift = index[:, 0], index[:, 0] + index[:, 1], index[:, 2] - index[:, 0]
     first, last = -(-start // unit) * unit, end // unit * unit
-    large = last - first >= max(LEAST, unit)
+    fits = (index[:, 2] != ZERO) & (shift % unit == 0)
+    large = fits & (last - first >= max(LEAST, unit))
     done = 0
-    rows = np.stack([first, last], axis=1)[large].tolist()
-    for begin, stop in rows:
-        if not _share(source, replica, begin, stop):
+    for begin, stop, away in np.stack([first, last, shift], axis=1)[large].tolist():
+        if not _share(source, replica, begin, stop, away):
             break
         done += 1
     if not done:
-        return extents
+        return index
     shared = np.flatnonzero(large)[:done]
-    kept = np.delete(extents, shared, axis=0)
-    heads = np.stack([start, first - start], axis=1)[shared]
-    tails = np.stack([last, end - last], axis=1)[shared]
-    return from_pairs(np.concatenate([kept, heads, tails]).tolist())
+    heads = np.stack([start, first - start, index[:, 2]], axis=1)[shared]
+    tails = np.stack([last, end - last, last + shift], axis=1)[shared]
+    left = np.concatenate([np.delete(index, shared, axis=0), heads, tails])
+    left = left[left[:, 1] > 0]
+    return left[np.argsort(left[:, 0], kind="stable")]
 
 
-def _share(source: FileEnd, replica: FileEnd, begin: int, stop: int) -> bool:
-    """False if it cannot be done; part of it may have been."""
+def _share(source: FileEnd, replica: FileEnd, begin: int, stop: int, away: int) -> bool:
+    """False if it cannot be done; part of it may have been.
+
+    away -- how much further on it lies in the source.
+    """
     while begin < stop:
         length = min(stop - begin, _PIECE)
         try:
-            linux.clone_range(source.fileno(), begin, length, replica.fileno(), begin)
+            linux.clone_range(source.fileno(), begin + away, length, replica.fileno(), begin)
         except OSError as error:
             if error.errno in _CANNOT:
                 return False

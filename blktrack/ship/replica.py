@@ -5,7 +5,7 @@
     /dev/...                                a replica device, claimed (O_EXCL) while in use
     <lib>/replicas/ID/replica.json          its record; ID follows the device, not its name
     <run>/replicas/ID.lock                  held while in use
-    incoming.img, .extents, .json           beside the record: a staged increment, see `stage`
+    incoming.pack, .index, .json            beside the record: a staged increment, see `stage`
 
 An increment is staged beside the replica and sealed, which commits it, then applied: see `apply`.
 A crash before the seal leaves the old point and nothing else; one after it leaves what `open`

@@ -1,12 +1,12 @@
 """A staged increment: what leads a replica to its next point, kept beside it until it is in.
 
-    incoming.img        an overlay: sparse, of the source's size, the data at its own offsets
-    incoming.extents    the extents that it covers: pairs of little-endian 64-bit numbers
+    incoming.pack       the data: see `pack`
+    incoming.index      what it covers, and where that is: rows of little-endian 64-bit numbers
     incoming.json       its header, written last: what makes the stage sealed
 
-A range that is covered and a hole in the overlay is to be zero. The seal is the commit: a stage
-without a header is as good as absent, one with a header is complete and durable. A header is the
-first to go, so a stage that is being dropped is never taken for a complete one.
+The seal is the commit: a stage without a header is as good as absent, one with a header is complete
+and durable. A header is the first to go, so a stage that is being dropped is never taken for a
+complete one.
 
 What is read is checked first: see `header`.
 """
@@ -16,40 +16,46 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from blktrack import crash
+import numpy as np
+
+from blktrack import crash, extent
 from blktrack.durable import make_directory, sync_directory, write_bytes
 from blktrack.errors import BlktrackError
-from blktrack.extent import ExtentArray, empty
+from blktrack.extent import ExtentArray
 from blktrack.point import Point
 from blktrack.ship.endpoint import FileEnd
-from blktrack.ship.header import EXTENTS, HEADER, Header, StageDamaged, digest, fault, read_extents
+from blktrack.ship.header import HEADER, INDEX, Header, StageDamaged, read_index
+from blktrack.ship.pack import Index, Packer, resolve
 from blktrack.ship.record import Record
 
-IMAGE = "incoming.img"
+PACK = "incoming.pack"
 # What a death while one of them was written leaves behind.
-_FILES = (EXTENTS, IMAGE, f".{EXTENTS}.new", f".{HEADER}.new")
+_FILES = (INDEX, PACK, f".{INDEX}.new", f".{HEADER}.new")
 
 
 class Stage:
     """A stage that is being filled, or is sealed. A context manager: unsealed, it is dropped."""
 
-    end: FileEnd  # the overlay
-    size: int
+    file: FileEnd  # the pack
+    end: Packer  # what is copied here is staged
+    size: int  # of the source
     link: str
     base: Point
     header: Header | None  # None: not sealed
-    extents: ExtentArray  # once sealed
+    index: Index  # once sealed
 
-    def __init__(self, folder: Path, end: FileEnd, link: str, base: Point) -> None:
-        self.end = end
-        self.size = end.size
+    def __init__(self, folder: Path, file: FileEnd, size: int, link: str, base: Point) -> None:
+        self.file = file
+        self.end = Packer(file, size)
+        self.size = size
         self.link = link
         self.base = base
         self.header = None
-        self.extents = empty()
+        self.index = np.empty((0, 3), dtype=np.int64)
         self._folder = folder
         self._dropped = False
 
@@ -60,25 +66,15 @@ class Stage:
 
     @classmethod
     def create(cls, folder: Path, size: int, *, link: str, base: Point) -> Self:
-        """An empty one, all of which reads as zero: it need not be told of zeroes at first.
-
-        What was staged there before is dropped.
-        """
+        """An empty one. What was staged there before is dropped."""
         discard(folder)
-        path = folder / IMAGE
+        path = folder / PACK
         try:
             make_directory(folder)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except OSError as error:
             raise _failed("make", path, error) from error
-        end = FileEnd(str(path), writable=True)
-        stage = cls(folder, end, link, base)
-        try:
-            end.resize(size)
-        except BaseException:
-            stage.close()
-            raise
-        stage.size = size
+        stage = cls(folder, FileEnd(str(path), writable=True), size, link, base)
         crash.point("stage-created")
         return stage
 
@@ -89,20 +85,20 @@ class Stage:
         if header is None:
             discard(folder)
             return None
-        extents = read_extents(folder, header)
-        path = folder / IMAGE
+        index = read_index(folder, header)
+        path = folder / PACK
         try:
             info = path.lstat()
         except OSError as error:
-            raise StageDamaged(folder, f"{IMAGE}: {error.strerror}") from error
+            raise StageDamaged(folder, f"{PACK}: {error.strerror}") from error
         if not stat.S_ISREG(info.st_mode):
-            raise StageDamaged(folder, f"{IMAGE} is not a file")
-        if info.st_size != header.size:
-            raise StageDamaged(folder, f"{IMAGE} has {info.st_size} bytes of {header.size}")
+            raise StageDamaged(folder, f"{PACK} is not a file")
+        if info.st_size != header.packed:
+            raise StageDamaged(folder, f"{PACK} has {info.st_size} bytes of {header.packed}")
         if info.st_mtime_ns != header.written:
-            raise StageDamaged(folder, f"{IMAGE} was written to since it was sealed")
-        stage = cls(folder, FileEnd(str(path)), header.link, header.base)
-        stage.header, stage.extents = header, extents
+            raise StageDamaged(folder, f"{PACK} was written to since it was sealed")
+        stage = cls(folder, FileEnd(str(path)), header.size, header.link, header.base)
+        stage.header, stage.index = header, index
         return stage
 
     def leads_from(self, record: Record) -> bool:
@@ -110,37 +106,42 @@ class Stage:
         return self.header is not None and self.header.leads_from(record)
 
     def seal(self, extents: ExtentArray, point: Point) -> None:
-        """Make the overlay durable, and with it that it leads to `point`. The extents are those
-        that it covers: sorted, disjoint, within `size`."""
-        if why := fault(extents, self.size):
-            raise ValueError(why)
-        self.end.flush()
+        """Make what is staged durable, and with it that it leads to `point`.
+
+        ValueError if it is not all of `extents` and nothing else.
+        """
+        index = resolve(self.end.index())
+        if not np.array_equal(extent.union(extent.empty(), index[:, :2]), extents):
+            raise ValueError("what is staged are not the extents that were to be")
+        packed = self.end.finish()
         crash.point("stage-flushed")
-        data = extents.astype("<i8").tobytes()
-        write_bytes(self._folder / EXTENTS, data)  # the image's name becomes durable with it
+        data = index.astype("<i8").tobytes()
+        write_bytes(self._folder / INDEX, data)  # the pack's name becomes durable with it
         crash.point("stage-listed")
         header = Header(
             link=self.link,
             base=self.base,
             point=point,
             size=self.size,
-            extents=len(extents),
-            digest=digest(data),
-            written=os.fstat(self.end.fileno()).st_mtime_ns,
+            packed=packed,
+            extents=len(index),
+            digest="",
+            written=os.fstat(self.file.fileno()).st_mtime_ns,
         )
+        header = replace(header, digest=header.over(data))
         header.write(self._folder)
-        self.header, self.extents = header, extents
+        self.header, self.index = header, index
         crash.point("stage-sealed")
 
     def drop(self) -> None:
         """Give up what is staged and free its space."""
-        self.end.close()
+        self.file.close()
         self._dropped = True
         discard(self._folder)
 
     def close(self) -> None:
         """What is sealed is kept."""
-        self.end.close()
+        self.file.close()
         if self.header is None and not self._dropped:
             discard(self._folder)
 
