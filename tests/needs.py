@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import functools
 import os
+import pwd
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,8 @@ LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
 BPF_PROG_TYPE_RAW_TRACEPOINT = 17  # linux/bpf.h
 # A plain user's PATH on Debian has no sbin.
 TOOL_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+POSTGRES = "postgres"  # the user that Debian makes for the server, which refuses to run as root
+_POSTGRES_BIN = "usr/lib/postgresql/[0-9]*/bin"
 
 
 def root() -> str:
@@ -85,6 +88,28 @@ def fuse() -> str:
     return ""
 
 
+def postgres() -> str:
+    """A PostgreSQL server with its checkers, and the user it runs as. Needs root to become it."""
+    if reason := root():
+        return reason
+    try:
+        programs = postgres_programs()
+        pwd.getpwnam(POSTGRES)
+    except LookupError as error:
+        return str(error.args[0])
+    tools = ("initdb", "pg_amcheck", "pg_checksums", "postgres")
+    absent = [name for name in tools if not (programs / name).exists()]
+    return f"no {', '.join(absent)} in {programs}" if absent else ""
+
+
+def postgres_programs() -> Path:
+    """Where Debian puts the programs of the newest server; they are not in PATH. LookupError."""
+    found = {int(path.parts[4]): path.parent for path in Path("/").glob(f"{_POSTGRES_BIN}/initdb")}
+    if not found:
+        raise LookupError(f"no /{_POSTGRES_BIN}/initdb")
+    return found[max(found)]
+
+
 def filesystem(name: str) -> str:
     """The kernel knows the file system `name` and mkfs can make one."""
     if reason := tool(f"mkfs.{name}"):
@@ -112,6 +137,7 @@ PROBES: dict[str, Probe] = {
     "fuse": fuse,
     "ext4": functools.partial(filesystem, "ext4"),
     "xfs": functools.partial(filesystem, "xfs"),
+    "postgres": postgres,
     "systemd": functools.partial(tool, "systemd-analyze"),
     **{
         name: functools.partial(tool, name)

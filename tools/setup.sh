@@ -19,11 +19,15 @@ dev_packages=(
     fio            # tests, benchmark: load
     gcc            # benchmark: the minimal C program that copying is measured against
     libc6-dev      # its headers
+    postgresql     # tests: a database that is replicated while it is written
     rsync          # benchmark: what an incremental sync is measured against
     systemd        # tests: systemd-analyze reads the unit as systemd will
     sqlite3        # demo: the database that is written while it is replicated
     xfsprogs       # tests: mkfs.xfs, xfs_repair
 )
+
+# Keeps Debian's postgresql from making a server of its own on this host; there during the install.
+no_cluster=/etc/postgresql-common/createcluster.d/blktrack-setup.conf
 
 # The Python that python3-bpfcc belongs to: a python3 elsewhere in PATH cannot import bcc.
 python=/usr/bin/python3
@@ -49,6 +53,11 @@ check_python() {
         "$("$python" --version) is too old, blktrack needs 3.11; use Debian 12, Ubuntu 24.04 or newer."
 }
 
+remove_no_cluster() {
+    rm -f "$no_cluster"
+    rmdir "${no_cluster%/*}" /etc/postgresql-common 2>/dev/null || true
+}
+
 install_packages() {
     ((EUID == 0)) || die "Debian packages are missing: $*; run make setup as root, or install them."
     command -v apt-get >/dev/null ||
@@ -57,8 +66,14 @@ install_packages() {
     local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300
         -o Dpkg::Use-Pty=0)
     "${apt[@]}" update || say "apt-get update failed, of some source perhaps; going on without."
+    if [[ " $* " == *" postgresql "* ]]; then
+        trap remove_no_cluster EXIT
+        mkdir -p "${no_cluster%/*}"
+        echo 'create_main_cluster = false' >"$no_cluster"
+    fi
     "${apt[@]}" install -y --no-install-recommends "$@" >/dev/null ||
         die "apt-get could not install $*; its message above says why."
+    remove_no_cluster
 }
 
 # One line that changes when .venv has to be made anew or completed.
