@@ -7,7 +7,6 @@ dies, at a crash point (blktrack/crash.py) or at some time.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import itertools
@@ -26,6 +25,7 @@ from blktrack.tracker import service, tracker
 from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
 from tests.blockdev import TOP, Lab, flush, read_image, resize, write_direct
+from tests.crash_points import crash_points
 from tests.test_oracle import fill
 from tests.workload import RawMix, next_sequence
 
@@ -51,14 +51,7 @@ def points() -> tuple[str, ...]:
 @functools.cache
 def all_points() -> tuple[str, ...]:
     """The names of all crash points, from the sources."""
-    found = []
-    for path in sorted((TOP / "blktrack").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "crash.point":
-                (name,) = node.args
-                assert isinstance(name, ast.Constant), f"{path}: {ast.unparse(node)}"
-                found.append(str(name.value))
-    return tuple(found)
+    return crash_points(TOP / "blktrack")
 
 
 class Writers:
