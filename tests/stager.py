@@ -1,22 +1,26 @@
-"""A process that brings a replica on, to be killed: python -m tests.stager ORDER, an Order as JSON.
+"""A process whose children bring a replica on, to be killed: python -m tests.stager.
 
-It says "ready" when all is imported and begins when it reads a line, so that a death at a random
-moment is one of the work.
+Each line that it reads is an order for one child. A child is forked when all has been imported: it
+costs little, and its death at a random moment is one of the work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from blktrack import extent
+from blktrack import crash, extent
 from blktrack.config import Paths
 from blktrack.point import Point
 from blktrack.ship.apply import finish
@@ -70,53 +74,78 @@ def bring(order: Order) -> None:
         replica.apply(stage)
 
 
-class Child:
-    seconds = 0.0  # that its work took
+class Stager:
+    """Starts such a process and gives it orders."""
 
-    def __init__(self, order: Order, crash: str = "", commands: Path = TOP) -> None:
+    seconds = 0.0  # that the last one took
+
+    def __init__(self, commands: Path = TOP) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.stager", json.dumps(dataclasses.asdict(order))],
+            [sys.executable, "-m", "tests.stager"],
             cwd=commands,
-            env={**os.environ, "BLKTRACK_CRASH": crash},
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
 
-    def run(self, seconds: float | None = None) -> bool:
-        """Whether it died, after so many seconds or at the place it was to."""
+    def run(self, order: Order, crash: str = "", seconds: float | None = None) -> bool:
+        """Whether its child died, at the place where it was to or after so many seconds."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        try:
-            assert process.stdout.readline() == "ready\n"
-            begun = time.monotonic()
-            process.stdin.write("\n")
-            process.stdin.flush()
-            if seconds is not None:
-                time.sleep(seconds)
-                process.kill()
-            _, errors = process.communicate(timeout=60)
-            self.seconds = time.monotonic() - begun
-        finally:
-            process.kill()
-            process.wait()
+        process.stdin.write(json.dumps([dataclasses.asdict(order), crash, seconds]) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        assert line, "the stager has ended"
+        status, self.seconds, errors = json.loads(line)
         assert not errors, errors
-        assert process.returncode in (0, -signal.SIGKILL)
-        return process.returncode != 0
+        assert status in (0, -signal.SIGKILL)
+        return bool(status)
+
+    def close(self) -> None:
+        with self._process as process, contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its child too, should there be one
+
+
+def obey(order: Order, name: str, errors: int) -> NoReturn:
+    """In a child: do it, and tell what went wrong in the file `errors`."""
+    os.dup2(errors, sys.stderr.fileno())
+    os.environ["BLKTRACK_CRASH"] = name
+    importlib.reload(crash)  # it has read another name
+    try:
+        match order.what:
+            case "apply":
+                bring(order)
+            case "open":
+                open_replica(order).close()
+            case "finish":
+                finish(order.target, order.paths)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def serve(order: Order, name: str, seconds: float | None) -> tuple[int, float, str]:
+    """How a child that obeyed has ended, after how long, and its errors."""
+    with os.fdopen(os.memfd_create("errors"), "r+") as errors:
+        begun = time.monotonic()
+        child = os.fork()
+        if not child:
+            obey(order, name, errors.fileno())
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        took = time.monotonic() - begun
+        errors.seek(0)
+        return os.waitstatus_to_exitcode(status), took, errors.read()
 
 
 def main() -> None:
-    order = Order(**json.loads(sys.argv[1]))
-    print("ready", flush=True)
-    sys.stdin.readline()
-    match order.what:
-        case "apply":
-            bring(order)
-        case "open":
-            open_replica(order).close()
-        case "finish":
-            finish(order.target, order.paths)
+    for line in sys.stdin:
+        order, name, seconds = json.loads(line)
+        print(json.dumps(serve(Order(**order), name, seconds)), flush=True)
 
 
 if __name__ == "__main__":

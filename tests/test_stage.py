@@ -31,8 +31,9 @@ from blktrack.ship.replica import Replica
 from blktrack.ship.stage import Stage, is_left
 from blktrack.units import KIB, MIB
 from tests.blockdev import flush, told
+from tests.crash_points import crash_points
 from tests.loopdev import Disks, disks_in_memory
-from tests.stager import TOP, Child, Order, bring, open_replica, point
+from tests.stager import TOP, Order, Stager, bring, open_replica, point
 from tests.test_copy import content, image, patched, random_extents, whole
 
 pytestmark = pytest.mark.needs("root", "loop")
@@ -103,6 +104,19 @@ class Lab:
             self.order, extents=extents.tolist(), epoch=self.order.epoch + 1
         )
         return new
+
+    def resize(self, size: int) -> None:
+        """The source has another size, and the end of what it grew by is zero."""
+        self.source = self.disks.loop(size)
+        self.order.source = str(self.source)
+        os.truncate(self.decoy, size)
+        # The source is known again by its path alone.
+        record = Record.read(self.folder / "replica.json")
+        assert record is not None
+        same = dataclasses.replace(record.source, device=str(self.source), name="")
+        dataclasses.replace(record, source=same).write(self.folder / "replica.json")
+        self.old = self.old[:size] + bytes(max(size - len(self.old), 0))
+        self.size = size
 
     @property
     def extents(self) -> ExtentArray:
@@ -176,15 +190,7 @@ def test_nothing_changed_but_the_point(disks: Disks, seed: int, kind: str) -> No
 def test_a_source_that_grew_and_shrank(disks: Disks, seed: int) -> None:
     lab = Lab(disks, "tmpfs", seed)
     for size in (SIZE + 5 * MIB, SIZE - 3 * MIB):
-        lab.source = disks.loop(size)
-        lab.order.source = str(lab.source)
-        # The source is known again by its path alone.
-        record = Record.read(lab.folder / "replica.json")
-        assert record is not None
-        same = dataclasses.replace(record.source, device=str(lab.source), name="")
-        dataclasses.replace(record, source=same).write(lab.folder / "replica.json")
-        lab.old = lab.old[:size] + bytes(max(size - len(lab.old), 0))
-        lab.size = size
+        lab.resize(size)
         new = lab.change(from_pairs([(size - MIB, MIB), (4096, 512)]))
         lab.seal()
         assert lab.has_settled() == lab.order.epoch
@@ -290,18 +296,10 @@ def test_zeroes_become_holes(disks: Disks, seed: int, kind: str) -> None:
 # Death.
 
 
-ON_THE_WAY = [
-    "apply-copied",
-    "apply-done",
-    "apply-recorded",
-    "commit-flushed",
-    "stage-created",
-    "stage-dropped",
-    "stage-flushed",
-    "stage-listed",
-    "stage-sealed",
-    "stage-unsealed",
-]
+POINTS = crash_points(TOP / "blktrack" / "ship")
+RESIZED = "apply-resized"  # where the source has another size than before
+NEVER = ("copy-flushed", "copy-checkpoint")  # of a copy that is not staged
+ON_THE_WAY = [name for name in POINTS if name not in (RESIZED, *NEVER)]
 FILES = [f"file-{step}:{turn}" for step in ("written", "renamed") for turn in range(1, 5)]
 
 
@@ -310,7 +308,9 @@ class Deaths:
 
     def __init__(self, lab: Lab, commands: Path = TOP) -> None:
         """commands -- the folder whose blktrack dies."""
-        self.lab, self.commands = lab, commands
+        self.lab = lab
+        self.stager = Stager(commands)
+        lab.disks.held.callback(self.stager.close)
         self.count = 0
         self.found: Counter[str] = Counter()
 
@@ -319,7 +319,7 @@ class Deaths:
         lab = self.lab
         new = lab.change()
         epoch = lab.order.epoch
-        died = Child(lab.order, crash, self.commands).run(seconds)
+        died = self.stager.run(lab.order, crash, seconds)
         self.count += died
         sealed = (lab.folder / "incoming.json").exists()
         record = lab.record()
@@ -329,13 +329,14 @@ class Deaths:
             self._is_at(record.point.epoch, new)
             waits = sealed and record.point.epoch < epoch
             assert record.next == (point(epoch) if waits else None)
-            self.found["new" if record.point.epoch == epoch else "sealed" if sealed else "old"] += 1
+            found = "new" if record.point.epoch == epoch else "sealed" if sealed else "old"
         else:
             assert (record.state, record.next) == (State.APPLYING, point(epoch))
-            self.found["applying"] += 1
+            found = "applying"
+        self.found[found] += died
         if lab.rng.random() < 0.3:  # what finishes it dies as well
             what, place = lab.rng.choice(["finish", "open"]), lab.rng.choice([*ON_THE_WAY, *FILES])
-            Child(dataclasses.replace(lab.order, what=str(what)), str(place)).run()
+            self.stager.run(dataclasses.replace(lab.order, what=str(what)), str(place))
         if lab.rng.random() < 0.5 and committed:
             after = finish(str(lab.target), lab.order.paths)
             assert after is not None and after.point == point(epoch)
@@ -357,18 +358,20 @@ def at_every_place(lab: Lab) -> None:
     deaths = Deaths(lab)
     for place in lab.rng.permutation([*ON_THE_WAY, *FILES]):
         assert deaths.round(str(place)), f"nothing came to {place}"
+    for place in NEVER:
+        assert not deaths.round(place), f"an increment came to {place}: it is on the way"
     told(f"stage on {lab.kind}: {deaths.count} deaths at crash points, {deaths}")
 
 
 def at_any_time(lab: Lab, count: int) -> None:
-    lab.change()
-    first = Child(lab.order)
-    assert not first.run()
-    lab.old = lab.replica()
-    deaths, died = Deaths(lab), 0
-    while died < count:
-        died += deaths.round(seconds=float(lab.rng.uniform(0, first.seconds)))
-    told(f"stage on {lab.kind}: {died} deaths at random moments, {deaths}")
+    deaths = Deaths(lab)
+    longest = 0.0
+    for _ in range(4):  # of some changes much more is to be done than of others
+        assert not deaths.round()
+        longest = max(longest, deaths.stager.seconds)
+    while deaths.count < count:
+        deaths.round(seconds=float(lab.rng.uniform(0, longest)))
+    told(f"stage on {lab.kind}: {deaths.count} deaths at random moments, {deaths}")
 
 
 few = pytest.mark.parametrize(
@@ -383,7 +386,17 @@ def test_death_at_every_crash_point(disks: Disks, seed: int, kind: str) -> None:
 
 @few
 def test_death_at_random_moments(disks: Disks, seed: int, kind: str) -> None:
-    at_any_time(Lab(disks, kind, seed), 7)
+    at_any_time(Lab(disks, kind, seed), 34)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_death_while_a_replica_gets_another_size(disks: Disks, seed: int, kind: str) -> None:
+    lab = Lab(disks, kind, seed)
+    deaths = Deaths(lab)
+    for size in (SIZE + 5 * MIB, SIZE - 3 * MIB):
+        lab.resize(size)
+        assert deaths.round(RESIZED)
+        assert lab.target.stat().st_size == size
 
 
 @pytest.mark.soak
