@@ -3,6 +3,7 @@
 A chain is a sequence of direct writes of one block each, every one issued only after the one before
 completed. Each sector carries the number of its write. After a power cut a disk holds a prefix of
 each chain, with at most the write that was in flight torn; so must a replica that is at a point.
+The prefix has all that had completed before the cut, and nothing that was begun after it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from blktrack.units import KIB, SECTOR
 BLOCK = 4 * KIB
 HOT, COLD = 8, 2040  # blocks of a chain: most writes go to the few hot ones
 CHAIN = (HOT + COLD) * BLOCK  # bytes
-LONGEST = 4_000_000  # writes of one chain
+LONGEST = 16_000_000  # writes of one chain
+LATEST = 4 * 8 * COLD  # so many go to every block
 
 _SECTOR = np.dtype([("magic", "u8"), ("chain", "u8"), ("number", "u8"), ("pad", "V488")])
 _MAGIC = 0x6368_6169_6E73_0001
@@ -42,7 +44,7 @@ class Log:
     """What writers have begun and completed, and when: a file that is memory to them and to us."""
 
     def __init__(self, path: Path, chains: int) -> None:
-        size = chains * 2 * 8 + chains * LONGEST * 8
+        size = chains * 2 * 8 * (1 + LONGEST)
         with path.open("a+b") as file:
             if file.seek(0, os.SEEK_END) < size:
                 file.truncate(size)
@@ -50,18 +52,23 @@ class Log:
         counts = np.frombuffer(self._memory, dtype=np.int64, count=2 * chains)
         self.begun, self.done = counts[:chains], counts[chains:]
         times = np.frombuffer(self._memory, dtype=np.float64, offset=chains * 16)
-        self.times = times.reshape(chains, LONGEST)  # of completions
+        self.begins, self.ends = times.reshape(2, chains, LONGEST)
 
     def completed_before(self, chain: int, instant: float) -> int:
         """Writes of a chain that had completed, for their writer to know, by then."""
-        known = self.times[chain, 1 : int(self.done[chain]) + 1]
+        known = self.ends[chain, 1 : int(self.done[chain]) + 1]
         return int(np.searchsorted(known, instant, side="left"))
 
+    def begun_by(self, chain: int, instant: float) -> int:
+        """Writes of a chain that may have been begun by then: no others were."""
+        known = self.begins[chain, 1 : int(self.begun[chain]) + 1]
+        return int(np.searchsorted(known, instant, side="right"))
 
-def write(device: str, path: str, chains: list[int], count: int, pace: float) -> None:
+
+def write(path: str, log_path: str, chains: list[int], count: int, pace: float) -> None:
     """Write these chains in turn, at most `pace` writes a second in all, until killed."""
-    log = Log(Path(path), count)
-    fd = os.open(device, os.O_WRONLY | os.O_DIRECT)
+    log = Log(Path(log_path), count)
+    fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
     memory = mmap.mmap(-1, BLOCK)
     block = np.frombuffer(memory, dtype=_SECTOR)
     block["magic"] = _MAGIC
@@ -72,9 +79,10 @@ def write(device: str, path: str, chains: list[int], count: int, pace: float) ->
         number = int(log.done[chain]) + 1
         block["chain"], block["number"] = chain, number
         place = int(places(np.array([number]))[0])
+        log.begins[chain, number] = time.time()
         log.begun[chain] = number
         os.pwrite(fd, memory, chain * CHAIN + place * BLOCK)
-        log.times[chain, number] = time.time()
+        log.ends[chain, number] = time.time()
         log.done[chain] = number
         if pace:
             due += 1 / pace
@@ -90,8 +98,9 @@ class Verdict:
     fault: str = ""
 
 
-def judge(image: NDArray[np.uint8], chain: int, least: int) -> Verdict:
-    """Whether a region of a replica holds a prefix of its chain, of at least `least` writes."""
+def judge(image: NDArray[np.uint8], chain: int, least: int, most: int) -> Verdict:
+    """Whether a region of a replica holds a prefix of its chain, of at least `least` writes, and
+    nothing of those after `most`."""
     sectors = image[chain * CHAIN :][:CHAIN].view(_SECTOR).reshape(HOT + COLD, BLOCK // SECTOR)
     found = np.where(sectors["magic"] == _MAGIC, sectors["number"], 0).astype(np.int64)
     if (sectors["chain"][found > 0] != chain).any():
@@ -99,9 +108,10 @@ def judge(image: NDArray[np.uint8], chain: int, least: int) -> Verdict:
     last = int(found.max())
     torn = last > 0 and not (found[places(np.array([last]))[0]] == last).all()
     prefix = last - 1 if torn else last
-    numbers = np.arange(1, prefix + 1)
+    numbers = np.arange(max(prefix - LATEST, 0) + 1, prefix + 1)
     expected = np.zeros(HOT + COLD, dtype=np.int64)
     expected[places(numbers)] = numbers  # of writes to one block the last stays
+    assert prefix <= LATEST or expected.all()
     wrong = found != expected[:, None]
     if torn:
         wrong[places(np.array([last]))[0]] &= found[places(np.array([last]))[0]] != last
@@ -114,9 +124,11 @@ def judge(image: NDArray[np.uint8], chain: int, least: int) -> Verdict:
         )
     if prefix < least:
         return Verdict(prefix, f"chain {chain} ends at {prefix}, {least} were completed before")
+    if last > most:
+        return Verdict(prefix, f"chain {chain} holds some of {last}, {most} were begun by then")
     return Verdict(prefix)
 
 
 if __name__ == "__main__":
-    device, path, chains, count, pace = sys.argv[1:]
-    write(device, path, [int(word) for word in chains.split(",")], int(count), float(pace))
+    path, log, chains, count, pace = sys.argv[1:]
+    write(path, log, [int(word) for word in chains.split(",")], int(count), float(pace))

@@ -1,41 +1,82 @@
-"""Every point keeps the order of writes: of each chain it holds a prefix, and enough of it."""
+"""Every point keeps the order of writes: of each chain it holds a prefix, and just enough of it.
+
+At a point's time its swap has not begun, so all that had completed by then is there. A write that
+was begun when the swap had ended is not: it is marked in the other map. Of what was begun in
+between the replica may have any prefix.
+"""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-import shutil
+import dataclasses
+import math
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blktrack import capture, sync
+from blktrack.bpf.kernel import Kernel
 from blktrack.errors import NoPoint
 from blktrack.report import SyncReport
 from blktrack.round import Options
+from blktrack.tracker.tracking import Swap, Tracking
 from blktrack.units import MIB
 from tests import chains
 from tests.blockdev import TOP, Lab, Silent, read_image, run, told, wait_until
 from tests.chains import CHAIN, Log, judge
+from tests.sectors import Image
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 
 CHAINS, WRITERS = 6, 2
 PACES = {"slow": 100.0, "brisk": 1000.0, "flat out": 0.0}
-KINDS = ["loop-512", pytest.param("zram", marks=pytest.mark.needs("zram"))]
+SIZES = {"ext4": 96 * MIB, "xfs": 320 * MIB}  # the least that mkfs takes, and room for the chains
+
+
+class Swaps:
+    """When the swaps of this process began, and when they had ended."""
+
+    def __init__(self) -> None:
+        self.begins: list[float] = []
+        self.ends: list[float] = []
+
+    def end_of(self, point: float) -> float:
+        """Of the swap of a point: the first that began at the point's time or later."""
+        index = bisect.bisect_left(self.begins, point)
+        return self.ends[index] if index < len(self.ends) else math.inf
+
+
+@pytest.fixture
+def swaps(monkeypatch: pytest.MonkeyPatch) -> Swaps:
+    found, swap = Swaps(), Kernel.swap
+
+    def timed(*arguments: Any) -> None:
+        begun = time.time()
+        swap(*arguments)
+        found.ends.append(time.time())
+        found.begins.append(begun)
+
+    monkeypatch.setattr(Kernel, "swap", timed)
+    return found
 
 
 @contextlib.contextmanager
-def writers(device: str, log: Path, pace: float) -> Iterator[Log]:
+def writers(path: str, log: Path, pace: float) -> Iterator[Log]:
     """Processes that write chains until the end of the context."""
     record = Log(log, CHAINS)
     running = []
     try:
         for number in range(WRITERS):
             own = ",".join(str(chain) for chain in range(number, CHAINS, WRITERS))
-            words = [device, str(log), own, str(CHAINS), str(pace / WRITERS)]
+            words = [path, str(log), own, str(CHAINS), str(pace / WRITERS)]
             command = [sys.executable, "-m", "tests.chains", *words]
             running.append(subprocess.Popen(command, cwd=TOP))
         wait_until(lambda: bool((record.done > 2).all()), "some writes of every chain")
@@ -47,101 +88,198 @@ def writers(device: str, log: Path, pace: float) -> Iterator[Log]:
             process.wait()
 
 
-def points(lab: Lab, kind: str, pace: str, count: int) -> tuple[int, int, list[str]]:
-    """Take so many points: how many were reached, in how many rounds, and all faults."""
-    device = lab.device(kind, CHAINS * CHAIN)[0]
-    replica = str(lab.name("replica"))
-    lab.track(device)
-    lab.sync(device, replica)
-    reached, rounds, faults = 0, 0, []
-    with writers(device, lab.name("log"), PACES[pace]) as log:
-        for _ in range(count):
-            before = read_image(replica)
-            try:
-                report = synced(lab, device, replica)
-            except NoPoint:
-                same = (read_image(replica) == before).all()
-                assert same, "a replica without a new point was touched"
-                continue
-            assert report.consistency == "crash"
-            reached += 1
-            rounds += report.rounds
-            image = read_image(replica)
-            for chain in range(CHAINS):
-                least = log.completed_before(chain, report.point)
-                if fault := judge(image, chain, least).fault:
-                    faults.append(f"{kind}, {pace}, epoch {report.epoch}: {fault}")
-    # The source quiet: all of it.
-    report = synced(lab, device, replica)
-    image = read_image(replica)
-    assert (image == read_image(device)).all()
-    for chain in range(CHAINS):
-        assert not judge(image, chain, int(log.done[chain])).fault
-    return reached, rounds, faults
+@dataclass(frozen=True)
+class Place:
+    """A device, the path that the writers write to, and how the chains are got from a replica."""
+
+    device: str
+    path: str
+    look: Callable[[Path], Image]
 
 
-def synced(lab: Lab, device: str, replica: str) -> SyncReport:
-    return sync.sync(lab.store, device, replica, Options(consistency="crash"), Silent())[0]
+@contextlib.contextmanager
+def place(lab: Lab, kind: str, consistency: str = "crash") -> Iterator[Place]:
+    """loop or zram; with a file system, the chains are in a file of it: loop-ext4."""
+    base, _, system = kind.partition("-")
+    size = SIZES.get(system, CHAINS * CHAIN)
+    device = lab.loop(size) if base == "loop" else lab.zram(size)
+    if not system:
+        yield Place(device, device, read_image)
+        return
+    run(f"mkfs.{system}", "-q", *["-b", "4096"] * (system == "ext4"), device)
 
+    def check(image: Path) -> None:
+        run(*["e2fsck", "-f"] if system == "ext4" else ["xfs_repair", "-f"], "-n", image)
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.needs(k)) for k in ("ext4", "xfs")]
-)
-def test_a_point_under_a_freeze_mounts_clean_and_in_order(shared: Lab, kind: str) -> None:
-    """With writers flat out in a file of the source, at full speed but for the freeze."""
-    device, replica = shared.loop(512 * MIB), shared.name("replica")
-    run(f"mkfs.{kind}", "-q", device)
-    shared.track(device)
-    frozen = []
-    with shared.mounted(device) as point:
+    def look(replica: Path) -> Image:
+        image = lab.name("image")
+        copy(replica, image)
+        if consistency == "filesystem" and system == "ext4":
+            check(
+                image
+            )  # clean as it is; xfs under a freeze keeps its log, to find what is unlinked
+        with lab.mounted(str(image), "-o", "loop,nouuid" if system == "xfs" else "loop") as seen:
+            found = read_image(seen / "chains")
+        check(image)
+        image.unlink()
+        return found
+
+    with lab.mounted(device) as point:
         file = point / "chains"
-        run(
-            "dd",
-            "if=/dev/zero",
-            f"of={file}",
-            "bs=1M",
-            f"count={CHAINS * CHAIN // MIB}",
-            "conv=fsync",
+        blocks = CHAINS * CHAIN // MIB
+        run("dd", "if=/dev/zero", f"of={file}", "bs=1M", f"count={blocks}", "conv=fsync")
+        yield Place(device, str(file), look)
+
+
+def copy(replica: str | Path, to: Path) -> None:
+    run("cp", "--sparse=auto", replica, to)
+
+
+@dataclass
+class Taken:
+    """The points that were taken of a place, and what was wrong with them."""
+
+    tried: int = 0
+    rounds: int = 0
+    freezes: list[float] = field(default_factory=list)  # seconds, of each point
+    faults: list[str] = field(default_factory=list)
+    swap: float = 0.0  # the longest from a point's time to the end of its swap
+
+    @property
+    def reached(self) -> int:
+        return len(self.freezes)
+
+    def __str__(self) -> str:
+        reached = f"{self.reached} of {self.tried} reached"
+        if not self.reached:
+            return reached
+        frozen = [seconds for seconds in self.freezes if seconds]
+        under = f", {len(frozen)} under a freeze of at most {max(frozen):.3f} s" if frozen else ""
+        return (
+            f"{reached}{under}, all in order, in {self.rounds / self.reached:.1f} rounds each; "
+            f"at most {1000 * self.swap:.0f} ms from a point to the end of its swap"
         )
-        with writers(str(file), shared.name("log"), 0.0) as log:
-            for _ in range(6):
-                wanted = Options(consistency="filesystem")
-                report = sync.sync(shared.store, device, str(replica), wanted, Silent())[0]
-                assert report.consistency == "filesystem"
-                assert 0 < report.freeze_s < 2.5
-                frozen.append(report.freeze_s)
-                copy = shared.name("copy")
-                shutil.copy(replica, copy)
-                if kind == "ext4":
-                    run("e2fsck", "-f", "-n", copy)
-                else:
-                    # Under a freeze xfs keeps its log such that inodes unlinked but open are found.
-                    with shared.mounted(str(copy), "-o", "loop,nouuid"):
-                        pass
-                    run("xfs_repair", "-n", "-f", copy)
-                with shared.mounted(
-                    str(copy), "-o", f"loop,ro{',nouuid' if kind == 'xfs' else ''}"
-                ) as seen:
-                    image = read_image(seen / "chains")
-                for chain in range(CHAINS):
-                    least = log.completed_before(chain, report.point)
-                    assert not judge(image, chain, least).fault
-                copy.unlink()
-    told(f"{kind}: 6 points frozen for {min(frozen):.3f} to {max(frozen):.3f} s, clean, in order")
 
 
-@pytest.mark.parametrize("pace", PACES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_point_keeps_the_order_of_writes(shared: Lab, kind: str, pace: str) -> None:
-    count = 50 if pace != "flat out" else 15
-    reached, rounds, faults = points(shared, kind, pace, count)
-    assert not faults, "\n".join(faults[:5])
-    told(
-        f"{kind}, {pace}: {reached} of {count} points reached, in {rounds / max(reached, 1):.1f} "
-        "rounds each, all in order"
-    )
+def take(
+    lab: Lab,
+    at: Place,
+    swaps: Swaps,
+    pace: str,
+    wanted: int,
+    *,
+    tries: int | None = None,
+    consistency: str = "crash",
+) -> Taken:
+    """Take points under writers until so many are reached, or were tried, and judge each."""
+    replica, kept, taken = str(lab.name("replica")), lab.name("kept"), Taken()
+    options = Options(consistency=consistency)
+
+    def synced() -> SyncReport:
+        return sync.sync(lab.store, at.device, replica, options, Silent())[0]
+
+    lab.track(at.device)
+    lab.sync(at.device, replica)
+    copy(replica, kept)
+    with writers(at.path, lab.name("log"), PACES[pace]) as log:
+        while taken.reached < wanted and taken.tried < (tries or wanted):
+            taken.tried += 1
+            try:
+                report = synced()
+            except NoPoint as error:
+                assert error.exit_code == 4
+                run("cmp", replica, kept)  # not touched
+                continue
+            assert report.consistency == ("filesystem" if report.freeze_s else consistency)
+            taken.freezes.append(report.freeze_s)
+            taken.rounds += report.rounds
+            end = swaps.end_of(report.point)
+            taken.swap = max(taken.swap, end - report.point)
+            copy(replica, kept)
+            image = at.look(kept)
+            for chain in range(CHAINS):
+                least, most = log.completed_before(chain, report.point), log.begun_by(chain, end)
+                if fault := judge(image, chain, least, most).fault:
+                    taken.faults.append(f"epoch {report.epoch}: {fault}")
+    # The source quiet: all of it.
+    synced()
+    copy(replica, kept)
+    image = at.look(kept)
+    assert (image == read_image(at.path)).all()
+    for chain in range(CHAINS):
+        assert not judge(image, chain, int(log.done[chain]), int(log.begun[chain])).fault
+    return taken
+
+
+def needing(*kinds: str) -> list[Any]:
+    """Kinds of places as parameters, with what they need."""
+    needs = {"zram", "ext4", "xfs"}
+    return [
+        pytest.param(kind, marks=pytest.mark.needs(*sorted(needs.intersection(kind.split("-")))))
+        for kind in kinds
+    ]
+
+
+raw = pytest.mark.parametrize("kind", needing("loop", "zram"))
+mounted = pytest.mark.parametrize("kind", needing("loop-ext4", "loop-xfs", "zram-ext4", "zram-xfs"))
+every_pace = pytest.mark.parametrize("pace", PACES)
+
+
+def in_order(lab: Lab, kind: str, swaps: Swaps, pace: str, wanted: int, **options: Any) -> Taken:
+    consistency = options.get("consistency", "crash")
+    with place(lab, kind, consistency) as at:
+        taken = take(lab, at, swaps, pace, wanted, **options)
+    assert not taken.faults, "\n".join(taken.faults[:5])
+    told(f"{consistency} points of {kind}, {pace}: {taken}")
+    return taken
+
+
+def of_a_device(lab: Lab, kind: str, swaps: Swaps, pace: str, times: int = 1) -> None:
+    """Written fast there may be none, and nothing to freeze: then nothing happens."""
     if pace == "slow":
-        assert reached == count
+        wanted = 80 * times
+        assert in_order(lab, kind, swaps, pace, wanted, tries=2 * wanted).reached == wanted
+    else:
+        in_order(lab, kind, swaps, pace, (40 if pace == "brisk" else 10) * times)
+
+
+def of_a_file_system(lab: Lab, kind: str, swaps: Swaps, pace: str, times: int = 1) -> None:
+    """Where it is written too fast, it is frozen."""
+    wanted = 8 * times
+    assert in_order(lab, kind, swaps, pace, wanted, tries=3 * wanted).reached == wanted
+
+
+@raw
+@every_pace
+def test_points_of_a_device(shared: Lab, swaps: Swaps, kind: str, pace: str) -> None:
+    of_a_device(shared, kind, swaps, pace)
+
+
+@mounted
+@every_pace
+def test_points_of_a_file_system(shared: Lab, swaps: Swaps, kind: str, pace: str) -> None:
+    of_a_file_system(shared, kind, swaps, pace)
+
+
+@mounted
+def test_points_under_a_freeze(shared: Lab, swaps: Swaps, kind: str) -> None:
+    """They mount clean, too."""
+    taken = in_order(shared, kind, swaps, "flat out", 4, tries=12, consistency="filesystem")
+    assert taken.reached == 4 and all(taken.freezes)
+
+
+@pytest.mark.soak
+@every_pace
+@raw
+def test_points_of_a_device_for_long(shared: Lab, swaps: Swaps, kind: str, pace: str) -> None:
+    of_a_device(shared, kind, swaps, pace, 20)
+
+
+@pytest.mark.soak
+@every_pace
+@mounted
+def test_points_of_a_file_system_for_long(shared: Lab, swaps: Swaps, kind: str, pace: str) -> None:
+    of_a_file_system(shared, kind, swaps, pace, 20)
 
 
 def test_a_freeze_of_a_quiet_source_is_staged_too(shared: Lab) -> None:
@@ -165,16 +303,48 @@ def test_a_freeze_of_a_quiet_source_is_staged_too(shared: Lab) -> None:
     assert (link["state"], link["reason"]) == ("ready", "")
 
 
-def test_without_validation_the_order_is_lost(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture.Source, "is_valid", lambda *_: True)
-    found = []
-    for _ in range(5):
-        with shared.fresh() as lab:
-            _, _, faults = points(lab, "loop-512", "flat out", 10)
-        found += faults
-        if found:
-            break
-    assert found, "50 unvalidated points under full load all kept the order"
+def without_validation(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(capture.Source, "is_valid", lambda *_: True)
+
+
+def dated_as_the_first_round(patch: pytest.MonkeyPatch) -> None:
+    whole = capture.capture
+
+    def dated(source: capture.Source, swap: Swap, *others: Any, **options: Any) -> capture.Captured:
+        found = whole(source, swap, *others, **options)
+        return dataclasses.replace(found, swap=dataclasses.replace(found.swap, time=swap.time))
+
+    patch.setattr("blktrack.round.capture", dated)
+
+
+def dated_when_drained(patch: pytest.MonkeyPatch) -> None:
+    drain = Tracking.drain
+    patch.setattr(
+        Tracking, "drain", lambda held: dataclasses.replace(drain(held), time=time.time())
+    )
+
+
+# What is wrong, at which pace, and what is said of it.
+MUTANTS = {
+    "no validation": (without_validation, "flat out", "belongs below|completed before|begun by"),
+    "dated early": (dated_as_the_first_round, "brisk", "were begun by then"),
+    "dated late": (dated_when_drained, "brisk", "were completed before"),
+}
+
+
+@raw
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_found(
+    shared: Lab, swaps: Swaps, monkeypatch: pytest.MonkeyPatch, kind: str, mutant: str
+) -> None:
+    mutate, pace, symptom = MUTANTS[mutant]
+    mutate(monkeypatch)
+    tried, faults = 0, ""
+    while not faults and tried < 50:
+        with shared.fresh() as lab, place(lab, kind) as at:
+            taken = take(lab, at, swaps, pace, 5)
+        tried, faults = tried + taken.tried, "\n".join(taken.faults)
+    assert re.search(symptom, faults), f"{tried} points, and this is wrong: {faults or 'nothing'}"
 
 
 def test_the_judge_knows_right_from_wrong() -> None:
@@ -187,15 +357,16 @@ def test_the_judge_knows_right_from_wrong() -> None:
         block = int(chains.places(np.array([number]))[0])
         sectors[block]["magic"], sectors[block]["number"] = chains._MAGIC, number
 
-    assert judge(image, 0, 0).prefix == 0
+    assert judge(image, 0, 0, 0) == chains.Verdict(0)
     for number in range(1, 101):
         put(number)
-    assert judge(image, 0, 100) == chains.Verdict(100)
-    assert "100 were" not in judge(image, 0, 100).fault
-    assert "101 were completed" in judge(image, 0, 101).fault
+    assert judge(image, 0, 100, 100) == judge(image, 0, 0, 1000) == chains.Verdict(100)
+    assert "101 were completed" in judge(image, 0, 101, 101).fault
+    assert "some of 100, 99 were begun" in judge(image, 0, 0, 99).fault
     put(102)
-    assert judge(image, 0, 100).fault, "101 is missing below 102"
+    assert "belongs below 102" in judge(image, 0, 100, 102).fault
     put(101)
     block = int(chains.places(np.array([103]))[0])
     sectors[block]["magic"][3:], sectors[block]["number"][3:] = chains._MAGIC, 103
-    assert judge(image, 0, 102) == chains.Verdict(102), "the last one may be torn"
+    assert judge(image, 0, 102, 103) == chains.Verdict(102), "the last one may be torn"
+    assert "some of 103, 102 were begun" in judge(image, 0, 102, 102).fault
