@@ -31,11 +31,11 @@ from rich.table import Table
 import blktrack
 from blktrack.errors import BlktrackError
 from blktrack.units import format_duration
-from tools.benchmark import cost, load, replicate, scale
+from tools.benchmark import cost, load, points, replicate, scale, staged
 from tools.benchmark.figure import Figure
 from tools.benchmark.lab import Failed, Lab
 
-GROUPS: list[ModuleType] = [load, cost, replicate, scale]
+GROUPS: list[ModuleType] = [load, cost, replicate, scale, points, staged]
 NAMES = [name for group in GROUPS for name in group.NAMES]
 console = Console(highlight=False)
 
@@ -81,7 +81,9 @@ def measure(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> list[Fig
 
 def line(figure: Figure) -> str:
     value = figure.measured
-    return f"{figure.name}: {'not measured' if value is None else figure.show(value)}"
+    if value is None:
+        return f"{figure.name}: {'none' if figure.runs else 'not measured'}"
+    return f"{figure.name}: {figure.show(value)}"
 
 
 def show(figures: list[Figure]) -> None:
@@ -144,7 +146,7 @@ def main() -> int:
             return 130
     show(figures)
     save(args.json, figures, args)
-    return 0 if all(figure.values for figure in figures) else 1
+    return 0 if all(figure.runs for figure in figures) else 1
 
 
 if __name__ == "__main__":

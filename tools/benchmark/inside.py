@@ -2,6 +2,8 @@
 
     inside.py copy SOURCE REPLICA GRANULARITY < extents    the copy phase; lines of "start length"
     inside.py drain DEVICE                                 swap, drain and extents of its one link
+    inside.py place SOURCE REPLICA < extents               an increment, written into its replica
+    inside.py stage SOURCE REPLICA < extents               the same, staged first and then applied
 
 A sync is a fresh process, so each run is one too: nothing is warm that would not be.
 """
@@ -24,9 +26,14 @@ from blktrack.bitfile import BitFile
 from blktrack.bpf import planes
 from blktrack.bpf.kernel import Kernel
 from blktrack.config import Paths
+from blktrack.extent import ExtentArray
+from blktrack.point import Point
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import open_end
+from blktrack.ship.record import State
+from blktrack.ship.replica import Replica
 from blktrack.state import Store
+from blktrack.sysfs import BlockDevice
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold
 from blktrack.tracker.tracker import find
@@ -38,7 +45,7 @@ Result = dict[str, float]
 
 def copy_phase(source: str, replica: str, granularity: int) -> Result:
     """Open both ends, copy the extents, make them durable and account for them, as a sync does."""
-    extents = np.loadtxt(sys.stdin, dtype=np.int64, ndmin=2)
+    extents = _extents()
     size = int(extents[-1].sum())
     shipping = np.zeros(bitmap.words_for(bitmap.granules_for(size, granularity)), dtype=np.uint64)
     begun = time.perf_counter()
@@ -92,6 +99,36 @@ def drain(path: str) -> Result:
     }
 
 
+def bring(source: str, name: str, *, staged: bool) -> Result:
+    """An increment from the open replica to its new point on record. The first one makes it."""
+    extents, paths = _extents(), Paths.from_environment()
+    device = BlockDevice.find(source)
+    with (
+        Replica.open(name, source=device, link="bench", paths=paths) as replica,
+        open_end(source) as reading,
+    ):
+        old = replica.record.point if replica.record else None
+        point = Point(old.epoch + 1 if old else 1, "bench", time.time(), "none")
+        begun = sealed = time.perf_counter()
+        if staged:
+            with replica.stage() as stage:
+                copy(reading, stage.end, extents, known_zero=True)
+                stage.seal(extents, point)
+                sealed = time.perf_counter()
+                replica.apply(stage)
+        else:
+            replica.begin(State.APPLYING if old else State.UNFINISHED, point.generation)
+            copy(reading, replica.end, extents)
+            replica.commit(point)
+        ended = time.perf_counter()
+    parts = {"stage_seconds": sealed - begun, "apply_seconds": ended - sealed} if staged else {}
+    return {"seconds": ended - begun, **parts}
+
+
+def _extents() -> ExtentArray:
+    return np.loadtxt(sys.stdin, dtype=np.int64, ndmin=2)
+
+
 def digest(path: str) -> Result:
     """Read all of a device once, into a digest."""
     sum_, buffer = hashlib.sha256(), linux.Buffer(4 * MIB)
@@ -123,6 +160,8 @@ def _time(owner: Any, name: str, parts: Result, part: str) -> None:
 def main(words: list[str]) -> None:
     if words[0] == "copy":
         result = copy_phase(words[1], words[2], int(words[3]))
+    elif words[0] in ("place", "stage"):
+        result = bring(words[1], words[2], staged=words[0] == "stage")
     elif words[0] == "digest":
         result = digest(words[1])
     else:

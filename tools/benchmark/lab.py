@@ -160,16 +160,31 @@ class Lab:
 
     def change(self, disk: Disk, blocks: int) -> ExtentArray:
         """Write so many different random blocks of the device with random data, past the cache."""
-        buffer = linux.Buffer(BLOCK)
         numbers = random.sample(range(disk.size // BLOCK), blocks)
+        return self.fill(disk, [(number * BLOCK, BLOCK) for number in numbers])
+
+    def fill(self, disk: Disk, places: list[tuple[int, int]]) -> ExtentArray:
+        """Write these places of the device, in this order, with random data, past the cache."""
+        buffer = linux.Buffer(max(length for _, length in places))
         fd = os.open(disk.path, os.O_WRONLY | os.O_DIRECT)
         try:
-            for number in numbers:
-                buffer.view[:BLOCK] = self.random_bytes(BLOCK)
-                os.pwrite(fd, buffer.view[:BLOCK], number * BLOCK)
+            for start, length in places:
+                buffer.view[:length] = self.random_bytes(length)
+                os.pwrite(fd, buffer.view[:length], start)
         finally:
             os.close(fd)
-        return extent.from_pairs([(number * BLOCK, BLOCK) for number in numbers])
+        return extent.from_pairs(places)
+
+    @contextlib.contextmanager
+    def mounted(self, disk: Disk, kind: str) -> Iterator[Path]:
+        """A new file system on a device."""
+        run(f"mkfs.{kind}", "-q", disk.path)
+        with tempfile.TemporaryDirectory(prefix="mount-", dir=self.memory) as folder:
+            run("mount", disk.path, folder)
+            try:
+                yield Path(folder)
+            finally:
+                run("umount", folder)
 
 
 def same(one: Disk, other: Disk) -> None:
