@@ -375,6 +375,13 @@ def test_a_checkpoint_follows_its_flush(files: tuple[Endpoint, Recorder]) -> Non
     assert replica.events == ["flush", "checkpoint"] * (len(replica.events) // 2)
 
 
+def test_without_a_checkpoint_flushing_is_the_callers(files: tuple[Endpoint, Recorder]) -> None:
+    source, replica = files
+    copied = copy(source, replica, whole(2 * MIB), interval=0.0, chunk=64 * KIB)
+    assert copied.bytes_written + copied.bytes_zeroed == 2 * MIB
+    assert replica.events == []
+
+
 def test_nothing_is_durable_after_a_failed_flush(files: tuple[Endpoint, Recorder]) -> None:
     source, replica = files
     replica.broken = True

@@ -68,7 +68,7 @@ def copy(
     progress -- called often with the bytes dealt with so far.
     checkpoint -- called every `interval` seconds and at the end (also of an interrupted or failed
         copy), after a flush, with the extents that became durable since the last call: each is
-        reported once. Not called by COMPARE.
+        reported once. Not called by COMPARE. Without it nothing is flushed: that is the caller's.
     read_done -- called once, when the last read of the source has ended and writes may go on; not
         if the copy was stopped.
     stop -- set it to end early: what is under way is finished and reported.
@@ -90,7 +90,7 @@ def copy(
         limit=RateLimit(limit) if limit else None,
         stop=stop or threading.Event(),
     )
-    ledger = _Ledger(replica, None if mode is Mode.COMPARE else checkpoint, mode, interval)
+    ledger = _Ledger(replica, None if mode is Mode.COMPARE else checkpoint, interval)
     threads = min(threads, -(-total(extents) // chunk) + len(extents))
     workers = [threading.Thread(target=crew.run, name=f"copy-{i}") for i in range(threads)]
     try:
@@ -149,13 +149,11 @@ class _Ledger:
         self,
         replica: Endpoint,
         checkpoint: Callable[[ExtentArray], None] | None,
-        mode: Mode,
         interval: float,
     ) -> None:
         self.bytes_done = 0
         self._replica = replica
         self._checkpoint = checkpoint
-        self._writes = mode is not Mode.COMPARE
         self._interval = interval
         self._settled = time.monotonic()
         self._sum = Outcome()
@@ -172,26 +170,25 @@ class _Ledger:
         kept.failed += outcome.failed
         self.bytes_done += sum(length for _, length in outcome.done)
         self.bytes_done += sum(length for _, length in outcome.failed)
-        if self._writes:
+        if self._checkpoint is not None:
             self._done += outcome.done
 
     def due(self) -> bool:
         waited = time.monotonic() - self._settled
-        return self._checkpoint is not None and bool(self._done) and waited >= self._interval
+        return bool(self._done) and waited >= self._interval
 
     def settle(self) -> None:
-        """Make what was done durable and report it."""
-        if not self._done or self._flush_failed:
+        """Make what was done durable and report it, if anybody wants to know."""
+        if self._checkpoint is None or not self._done or self._flush_failed:
             return
         # A failed flush may have dropped the data and the next one succeed: never ask again.
         self._flush_failed = True
         self._replica.flush()
         self._flush_failed = False
         done, self._done = self._done, []
-        if self._checkpoint is not None:
-            crash.point("copy-flushed")
-            self._checkpoint(from_pairs(done))
-            crash.point("copy-checkpoint")
+        crash.point("copy-flushed")
+        self._checkpoint(from_pairs(done))
+        crash.point("copy-checkpoint")
         self._settled = time.monotonic()
 
     def result(self, *, interrupted: bool, read_ended: float) -> Copied:
