@@ -19,7 +19,7 @@ read again, or is in flight at T.
 
 The submitted plane proves validity: a change is marked in it before the driver can see it. A swap
 that others make in between drains it into the link's `racing` set; where the kernel skipped the
-program that marks, the proof fails.
+program that marks, or the source has more by now than it had at the swap, the proof fails.
 
 A round that is not valid is followed by another, whose extents are what changed during it. Rounds
 get smaller as long as reading is faster than writing; where they do not, the last one is taken
@@ -83,7 +83,7 @@ class Source:
             hold(self.store, self.number, self.device.path),
             Tracking(self.store, self._state(), self.device) as tracking,
         ):
-            if tracking.state.generation != swap.generation:
+            if tracking.state.generation != swap.generation or self._has_grown:
                 return False
             return tracking.seen_since(swap) and not extent.intersect(
                 extents, self.sets.raced(tracking.submitted())
@@ -98,8 +98,16 @@ class Source:
             if tracking.state.generation != before.generation:
                 raise Gap(f"{self.device.path}: tracking began anew while it was read")
             swap = tracking.drain()
+            if self._has_grown:
+                # The sets that are open here end too early: to take from them would lose changes.
+                raise Gap(f"{self.device.path} grew while it was read", hint="run it again")
             self.sets.watch()
             return swap, self.sets.take_more()
+
+    @property
+    def _has_grown(self) -> bool:
+        """Whether the source may have had more at a swap before this than the capture knows of."""
+        return self.device.size > self.sets.size
 
 
 def capture(

@@ -122,8 +122,8 @@ def send(
                 shipped = current.ship(plan, sets, observer)
         except Gap as gap:
             raise BlktrackError(
-                f"tracking of {path} ended while it was read: {gap}",
-                hint="what was sent is cut off and will be refused; send again: all of it will go",
+                f"the stream was cut off: {gap}",
+                hint="what was sent will be refused; send again, which may have to send all of it",
             ) from gap
     return SendReport(
         link=link.name,

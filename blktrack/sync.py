@@ -46,7 +46,9 @@ def sync(
             try:
                 plan, shipped = _ship(current, observer)
             except Gap:
-                # It came while the source was read: a new generation, and a resync, in one go.
+                # It came while the source was read: a new generation, and a resync, in one go. A
+                # source that has grown is no gap to another round, but may be too large by now.
+                replica.check_room()
                 plan, shipped = _ship(current, observer)
     report = SyncReport(
         mode=plan.mode,

@@ -131,6 +131,10 @@ class Replica:
         """What is written to on the way to a point."""
         return [self._place.folder, Path(self.target.path)]
 
+    def check_room(self) -> None:
+        """Refused if it cannot hold the source as that is by now."""
+        check_room(self.target, self._source.size)
+
     def stage(self) -> Stage:
         """Begin an increment beside the replica, which stays at its point. An older one is dropped.
 

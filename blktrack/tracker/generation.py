@@ -86,7 +86,7 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
     state.size, state.start, state.granularity = device.size, device.start, granularity
     state.generation, state.began, state.in_use = epoch.generation, time.time(), ""
     # What links had to ship belongs to the generation before, and may be of another size.
-    for name in ("pending", "shipping"):
+    for name in ("pending", "shipping", "racing"):
         for path in store.link_files(number, name):
             path.unlink(missing_ok=True)
     words = window.geometry.levels[0]

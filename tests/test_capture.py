@@ -1,0 +1,97 @@
+"""What happens to a device, by other commands, while a sync reads it in rounds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blktrack import sync
+from blktrack.capture import Source
+from blktrack.errors import Refused
+from blktrack.extent import ExtentArray
+from blktrack.round import Options
+from blktrack.ship.place import folder_of
+from blktrack.ship.stage import is_left
+from blktrack.ship.target import Target
+from blktrack.tracker import tracker
+from blktrack.tracker.tracking import Swap
+from blktrack.units import KIB, MIB
+from tests.blockdev import Lab, Silent, read_image, resize, write_direct
+
+pytestmark = pytest.mark.needs("root", "loop", "bpf")
+
+
+def same_as(device: str, replica: str | Path) -> None:
+    one, other = read_image(device), read_image(replica)
+    assert len(one) == len(other)
+    assert not len(np.flatnonzero(one != other)), "the replica is not the source"
+
+
+def test_a_killed_capture_does_not_stand_in_the_way_of_finer_tracking(shared: Lab) -> None:
+    device, replica = shared.loop(4 * MIB), shared.name("replica")
+    tracker.track(shared.store, device, 64 * KIB)
+    shared.sync(device, replica)
+    write_direct(device, 0, os.urandom(64 * KIB))
+    died = shared.blktrack("sync", device, replica, env={"BLKTRACK_CRASH": "ship-planned"})
+    assert died.code == -9
+    tracker.untrack(shared.store, device)
+    tracker.track(shared.store, device, 4 * KIB)
+    assert shared.sync(device, replica).mode == "resync"
+    same_as(device, replica)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.parametrize("size", [MIB + 4 * KIB, MIB + 2 * KIB])
+def test_a_device_that_grows_between_two_rounds_is_shipped_whole(
+    shared: Lab, size: int, noticed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old end lies within a word of the sets, or within a granule."""
+    file, replica = shared.name("disk"), shared.name("replica")
+    device = shared.loop(size, file=file)
+    tracker.track(shared.store, device, None)
+    shared.sync(device, replica)
+    write_direct(device, 0, os.urandom(64 * KIB))
+    judge, grown = Source.is_valid, 4 * MIB + 2 * KIB
+
+    def meanwhile(source: Source, swap: Swap, extents: ExtentArray) -> bool:
+        """It grows, what was read is written again, and another command may find that."""
+        if os.stat(file).st_size == size:
+            resize(device, file, grown)
+            write_direct(device, size, os.urandom(grown - size))
+            write_direct(device, 0, os.urandom(4 * KIB))
+            if noticed:
+                shared.status(device)
+        return judge(source, swap, extents)
+
+    monkeypatch.setattr(Source, "is_valid", meanwhile)
+    report = sync.sync(shared.store, device, str(replica), Options(), Silent())[0]
+    assert (report.mode, report.consistency) == ("incremental", "crash")
+    same_as(device, replica)
+    again = sync.sync(shared.store, device, str(replica), Options(), Silent())[0]
+    assert again.mode == "nothing"
+
+
+def test_a_source_that_outgrows_its_replica_is_refused_before_it_is_touched(
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, replica = shared.name("disk"), shared.loop(2 * MIB)
+    device = shared.loop(MIB, file=file)
+    tracker.track(shared.store, device, None)
+    shared.sync(device, replica)
+    before = read_image(replica)
+    write_direct(device, 0, os.urandom(64 * KIB))
+    judge = Source.is_valid
+
+    def meanwhile(source: Source, swap: Swap, extents: ExtentArray) -> bool:
+        resize(device, file, 4 * MIB)
+        return judge(source, swap, extents)
+
+    monkeypatch.setattr(Source, "is_valid", meanwhile)
+    with pytest.raises(Refused, match="too small"):
+        sync.sync(shared.store, device, replica, Options(), Silent())
+    assert (read_image(replica) == before).all()
+    place = folder_of(Target.find(replica), shared.store.paths)
+    assert not is_left(place), "an increment that cannot be applied was left"
