@@ -100,10 +100,12 @@ def test_a_source_that_grows_is_no_error(shared: Lab) -> None:
     running.until_open(device, replica)
     resize(device, 2 * SIZE)
     done = running.end()
-    assert (done.json["mode"], done.json["bytes_changed"]) == ("initial", SIZE)
+    assert (done.json["mode"], done.json["reason"]) == ("initial", "")
+    assert identical(device, replica), "what is new of it came with the same sync"
     change(device, SIZE + MIB)
     grown = shared.sync(device, replica)
-    assert (grown.mode, grown.bytes_changed) == ("incremental", SIZE)
+    assert grown.mode == "incremental"
+    assert grown.bytes_changed < MIB
     assert identical(device, replica)
 
 
