@@ -13,6 +13,7 @@ from pathlib import Path
 
 from blktrack import crash, extent
 from blktrack.durable import lock
+from blktrack.quiesce.find import devices_below
 from blktrack.report import SyncReport
 from blktrack.round import Observer, Options, Plan, Round, Shipped
 from blktrack.ship.record import State
@@ -142,13 +143,13 @@ class Replication(Round):
     def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
         """Capture the planned extents, and bring the replica to the point that was reached.
 
-        An increment is staged beside the replica and applied as a whole; a full copy or a resync,
-        which have no point to protect, go straight into it.
+        An increment is staged beside the replica and applied as a whole, if it can be; a full copy
+        or a resync, which have no point to protect, go straight into it.
         """
         crash.point("ship-planned")
         if plan.mode == "nothing":
             shipped = self._in_place(plan, sets, observer)
-        elif plan.mode == "incremental":
+        elif plan.mode == "incremental" and self._can_stage:
             stage = self.replica.stage()
             try:
                 shipped = self.capture(plan, sets, observer, stage.end, in_place=False, blank=False)
@@ -158,10 +159,18 @@ class Replication(Round):
                 raise
             self.replica.apply(stage)
         else:
-            self.replica.begin(State.UNFINISHED, plan.swap.generation)
+            state = State.APPLYING if plan.mode == "incremental" else State.UNFINISHED
+            self.replica.begin(state, plan.swap.generation)
             crash.point("ship-begun")
             shipped = self._in_place(plan, sets, observer)
         return shipped
+
+    @property
+    def _can_stage(self) -> bool:
+        """Not on the source itself: what is staged there would be part of the next increment, which
+        would grow until it fills the source. Nor for a replica that is on its way to a point."""
+        ready = self.replica.existing_state is State.READY
+        return ready and self.device.number not in devices_below(self.replica.folder)
 
     def _in_place(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
         replica = self.replica

@@ -13,13 +13,14 @@ from blktrack.capture import Source
 from blktrack.errors import Refused
 from blktrack.extent import ExtentArray
 from blktrack.round import Options
-from blktrack.ship.place import folder_of
+from blktrack.ship.place import folder_of, inspect
+from blktrack.ship.record import State
 from blktrack.ship.stage import is_left
 from blktrack.ship.target import Target
 from blktrack.tracker import tracker
 from blktrack.tracker.tracking import Swap
 from blktrack.units import KIB, MIB
-from tests.blockdev import Lab, Silent, read_image, resize, write_direct
+from tests.blockdev import Lab, Silent, read_image, resize, run, write_direct
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 
@@ -95,3 +96,56 @@ def test_a_source_that_outgrows_its_replica_is_refused_before_it_is_touched(
     assert (read_image(replica) == before).all()
     place = folder_of(Target.find(replica), shared.store.paths)
     assert not is_left(place), "an increment that cannot be applied was left"
+
+
+@pytest.mark.needs("ext4")
+@pytest.mark.parametrize("consistency", ["crash", "none"])
+def test_a_source_that_holds_our_own_state(lab: Lab, consistency: str) -> None:
+    """As a root disk does: what a sync writes there is part of the next, and must not add up."""
+    device, replica = lab.loop(256 * MIB), lab.loop(256 * MIB)
+    run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
+    options, content = Options(consistency=consistency), b""
+    with lab.mounted(device) as point:
+        (point / "state").mkdir()
+        lab.store.paths.lib.parent.mkdir(parents=True)
+        lab.store.paths.lib.symlink_to(point / "state")
+        tracker.track(lab.store, device, None)
+        lab.sync(device, replica)
+        for _ in range(8):
+            content = os.urandom(4 * MIB)
+            (point / "file").write_bytes(content)
+            run("sync", "--file-system", point)
+            report = sync.sync(lab.store, device, replica, options, Silent())[0]
+            assert (report.mode, report.reason) == ("incremental", "")
+            assert report.bytes_changed < 8 * MIB
+            assert consistency == "none" or report.consistency == "crash"
+        record, changed = inspect(replica, lab.store.paths)
+        assert record is not None
+        assert (record.state, changed) == (State.READY, "")
+        tracker.untrack(lab.store, device)
+    if consistency == "crash":
+        with lab.mounted(replica) as seen:
+            assert (seen / "file").read_bytes() == content
+
+
+@pytest.mark.needs("ext4")
+def test_an_increment_in_place_goes_on_after_a_death(lab: Lab) -> None:
+    device, replica = lab.loop(256 * MIB), lab.loop(256 * MIB)
+    run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
+    with lab.mounted(device) as point:
+        (point / "state").mkdir()
+        lab.store.paths.lib.parent.mkdir(parents=True)
+        lab.store.paths.lib.symlink_to(point / "state")
+        tracker.track(lab.store, device, None)
+        lab.sync(device, replica)
+        content = os.urandom(4 * MIB)
+        (point / "file").write_bytes(content)
+        run("sync", "--file-system", point)
+        for place in ("ship-begun", "copy-checkpoint", "commit-flushed", "commit-replica"):
+            died = lab.blktrack("sync", device, replica, env={"BLKTRACK_CRASH": place})
+            assert died.code == -9, f"{place}: {died.err}"
+        report = sync.sync(lab.store, device, replica, Options(), Silent())[0]
+        assert (report.mode, report.consistency) == ("incremental", "crash")
+        tracker.untrack(lab.store, device)
+    with lab.mounted(replica) as seen:
+        assert (seen / "file").read_bytes() == content

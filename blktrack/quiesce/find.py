@@ -55,7 +55,7 @@ class FileSystem:
 
     def is_under(self, path: Path) -> bool:
         """Whether a write to `path`, which need not exist, could need a write to this."""
-        return not self.devices.isdisjoint(_devices_below(path))
+        return not self.devices.isdisjoint(devices_below(path))
 
 
 def file_systems(device: BlockDevice) -> list[FileSystem]:
@@ -186,7 +186,7 @@ def _mount_of(fd: int) -> Mount | None:
     return next((m for m in mounts() if number and m.id == int(number[1])), None)
 
 
-def _devices_below(path: Path) -> set[Number]:
+def devices_below(path: Path) -> set[Number]:
     """Every device that a write to `path`, a device or a file, ends on, loop devices followed."""
     path = path.absolute()
     while not path.exists():
@@ -201,6 +201,6 @@ def _devices_below(path: Path) -> set[Number]:
         os.close(fd)
     if mount and mount.kind == "overlay" and (top := re.search("upperdir=([^,]+)", mount.options)):
         upper = Path(top[1])
-        return _devices_below(upper) if upper.exists() else set()
+        return devices_below(upper) if upper.exists() else set()
     found = stack.holding(path)
     return stack.numbers(found + [lower for device in found for lower in stack.below(device)])

@@ -127,9 +127,14 @@ class Replica:
         return not self.changed
 
     @property
+    def folder(self) -> Path:
+        """Where its record is kept, and where increments are staged."""
+        return self._place.folder
+
+    @property
     def writes(self) -> list[Path]:
         """What is written to on the way to a point."""
-        return [self._place.folder, Path(self.target.path)]
+        return [self.folder, Path(self.target.path)]
 
     def check_room(self) -> None:
         """Refused if it cannot hold the source as that is by now."""
