@@ -189,6 +189,18 @@ class Round(ABC):
         blank -- all of it reads as zeroes.
         """
         copies: list[Copied] = []
+        freezing = False
+
+        def freeze() -> Freeze | None:
+            nonlocal freezing
+            freezing = True
+            return self._freeze()
+
+        def show(count: int) -> None:
+            # What shows it may write to a log on a file system that is frozen.
+            if not freezing:
+                observer.done(count)
+
         with open_end(self.device.path) as source:
 
             def read(extents: ExtentArray, ended: Callable[[], None]) -> None:
@@ -200,7 +212,7 @@ class Round(ABC):
                     extents,
                     mode=Mode.REPAIR if compare else Mode.COPY,
                     granularity=max(sets.granularity, 4096),
-                    progress=lambda count: observer.done(before + count),
+                    progress=lambda count: show(before + count),
                     checkpoint=sets.shipped if in_place else None,
                     read_done=ended,
                     stop=self.options.stop,
@@ -218,7 +230,7 @@ class Round(ABC):
                 plan.extents,
                 read,
                 consistency=self.options.consistency,
-                freeze=self._freeze,
+                freeze=freeze,
             )
         swap = found.swap
         return Shipped(

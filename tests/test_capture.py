@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from blktrack import sync
 from blktrack.capture import Source
+from blktrack.cli import progress
 from blktrack.errors import Refused
 from blktrack.extent import ExtentArray
 from blktrack.round import Options
@@ -149,3 +151,24 @@ def test_an_increment_in_place_goes_on_after_a_death(lab: Lab) -> None:
         tracker.untrack(lab.store, device)
     with lab.mounted(replica) as seen:
         assert (seen / "file").read_bytes() == content
+
+
+@pytest.mark.needs("ext4")
+def test_progress_may_go_to_a_log_on_the_source(
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while it is frozen: the line would wait for the thaw, and the thaw for the cap."""
+    device, replica = shared.loop(64 * MIB), shared.name("replica")
+    run("mkfs.ext4", "-q", device)
+    tracker.track(shared.store, device, None)
+    shared.sync(device, replica)
+    monkeypatch.setattr(progress, "_SHOW_AFTER", 0)
+    monkeypatch.setattr(progress, "_LINE_EVERY", 0)
+    with shared.mounted(device) as point, (point / "log").open("w") as log:
+        (point / "file").write_bytes(os.urandom(MIB))
+        options = Options(consistency="filesystem")
+        with monkeypatch.context() as patch, progress.Watcher(quiet=False) as watcher:
+            patch.setattr(sys, "stderr", log)
+            report = sync.sync(shared.store, device, str(replica), options, watcher)[0]
+        assert report.consistency == "filesystem"
+        assert "incremental: " in (point / "log").read_text()
