@@ -71,14 +71,14 @@ def work(session: Session, name: str, log_path: str, pace: str, seed: str) -> No
     chance = random.Random(f"{seed} {writer}")
     last = session.last()
     if last > log.done[writer]:  # whoever was before was killed before it could tell
-        log.times[writer, last] = time.time()
+        log.ends[writer, last] = time.time()
         log.done[writer] = last
     while True:
         burst = chance.randint(1, BURST)
         for _ in range(burst):
             number = int(log.done[writer]) + 1
             session.commit(number, int(log.done[1 - writer]), text_of(writer, number))
-            log.times[writer, number] = time.time()
+            log.ends[writer, number] = time.time()
             log.done[writer] = number
         if float(pace):
             time.sleep(burst / float(pace))
