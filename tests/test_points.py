@@ -115,9 +115,8 @@ def place(lab: Lab, kind: str, consistency: str = "crash") -> Iterator[Place]:
         image = lab.name("image")
         copy(replica, image)
         if consistency == "filesystem" and system == "ext4":
-            check(
-                image
-            )  # clean as it is; xfs under a freeze keeps its log, to find what is unlinked
+            # As it is: xfs keeps its log under a freeze, to find what is unlinked but open.
+            check(image)
         with lab.mounted(str(image), "-o", "loop,nouuid" if system == "xfs" else "loop") as seen:
             found = read_image(seen / "chains")
         check(image)
