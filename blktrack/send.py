@@ -184,7 +184,7 @@ def _settle(
     once more."""
     link.move_to(point)
     store.save_link(number, link)
-    crash.point("commit-link")
+    crash.point("send-committed")
     if device is None:
         return
     with hold(store, number, device.path), contextlib.suppress(Gap, FileNotFoundError):

@@ -206,6 +206,7 @@ class Lab:
             command,
             capture_output=True,
             text=True,
+            errors="replace",  # what `send` writes is no text
             check=False,
             cwd=top,
             timeout=240,

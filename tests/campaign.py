@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 import random
 import signal
@@ -20,17 +21,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from blktrack import send
+from blktrack.config import Paths
+from blktrack.round import Options
+from blktrack.ship.receive import receive
+from blktrack.ship.tell import replica_status
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import service, tracker
 from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
-from tests.blockdev import TOP, Lab, flush, read_image, resize, write_direct
+from tests.blockdev import TOP, Lab, Silent, flush, read_image, resize, write_direct
 from tests.crash_points import crash_points
 from tests.test_oracle import fill
 from tests.workload import RawMix, next_sequence
 
 SIZE = 8 * MIB
 LARGEST = 3 * SIZE  # to which it may grow
+LINK = "far"
 UNTRACKED, REPAIR = "it was untracked", "repair was asked for"
 
 # Points that a command comes to only if it is lucky: here, if a round was not valid.
@@ -110,8 +117,10 @@ class Campaign:
         fill(self.device)
         tracker.track(lab.store, self.device, None)
         self._past = len(lab.status(self.device)["doubts"])  # of another device of its name
-        self._asked.update(self.targets)
+        self.far, self.there = lab.name("far"), Paths.below(lab.name("there"))
+        self._asked.update([*self.targets, LINK])
         self._sync(*self.targets)
+        self._carry()
         self.seconds = self.duration("sync", self.device, self.targets[0])
 
     def duration(self, *words: str) -> float:
@@ -142,7 +151,12 @@ class Campaign:
         command = [sys.executable, "-m", "blktrack", *words]
         seconds = self.seconds * self.random.uniform(0.3, 1.3)
         with subprocess.Popen(
-            command, cwd=self.commands, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=self.commands,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         ) as process:
             try:
                 _, errors = process.communicate(timeout=seconds)
@@ -204,6 +218,19 @@ class Campaign:
         self.targets[2:] = [self._struck]  # instead of the one made before
         self._asked.add(str(file))
         strike("sync", self.device, str(file))
+
+    def streamed(self, strike: Strike) -> None:
+        """A stream that nobody takes."""
+        strike("send", self.device, "--link", LINK)
+
+    def committed(self, strike: Strike) -> None:
+        """What was received is committed, perhaps after a later stream has died."""
+        epoch = self._receive()
+        if self.random.random() < 0.5:
+            self._write()
+            place = self.random.choice(["take-done", "send-begun", "send-recorded"])
+            self.at(place)("send", self.device, "--link", LINK)
+        strike("send", self.device, "--link", LINK, "--commit", str(epoch))
 
     def look(self, strike: Strike) -> None:
         command = self.random.choice(["status", "extents", "track"])
@@ -270,6 +297,7 @@ class Campaign:
             if self.writing:
                 self.writers.stop()
         self._sync(*self.targets)
+        self._carry()
         self._compare()
 
     def _sync(self, *targets: str) -> None:
@@ -281,10 +309,28 @@ class Campaign:
                 assert done.mode in ("incremental", "nothing"), told
             self._asked.discard(target)
 
+    def _carry(self) -> None:
+        """A stream of the quiet device to the far replica, which may be ahead of its link."""
+        store, found = self.lab.store, replica_status(str(self.far), self.there)
+        if found is not None and found.epoch is not None:
+            send.commit(store, self.device, LINK, found.epoch)
+        send.commit(store, self.device, LINK, self._receive())
+
+    def _receive(self) -> int:
+        """Bring the far replica on by a stream that nothing interrupts; its epoch."""
+        file, options = io.BytesIO(), Options(consistency="none")
+        store, observer = self.lab.store, Silent()
+        done = send.send(store, self.device, LINK, file, options=options, observer=observer)
+        if LINK not in self._asked:
+            assert done.mode in ("incremental", "nothing"), f"{done.mode}: {done.reason}"
+        self._asked.discard(LINK)
+        file.seek(0)
+        return receive(file, str(self.far), self.there).epoch
+
     def _compare(self) -> None:
         """Of the quiet device and its replicas, every byte; and nothing was ever in doubt."""
         image = read_image(self.device)
-        for target in self.targets:
+        for target in (*self.targets, str(self.far)):
             replica = read_image(target)[: len(image)]
             found = sectors.faults(image, replica)
             assert not found, f"{target}\n{sectors.describe(found)}"
@@ -295,7 +341,7 @@ class Campaign:
         assert len(doubts) <= self._doubts, doubts
         # Those of the commands that were struck and lived count as well.
         for link in status["links"]:
-            if link["target"] in self.targets:
+            if link["target"] in self.targets or link["name"] == LINK:
                 resyncs = [resync["reason"] for resync in link["resyncs"]]
                 assert set(resyncs) <= {UNTRACKED, REPAIR}, resyncs
 
@@ -309,7 +355,7 @@ class Campaign:
 
     def expect_untracked(self) -> None:
         self._doubts += 1
-        self._asked.update(self.targets)
+        self._asked.update([*self.targets, LINK])
 
     def _sectors(self, offset: int, length: int) -> sectors.Image:
         return sectors.make(offset, length, next_sequence())
@@ -342,6 +388,8 @@ SYNCS: tuple[Situation, ...] = (
     Campaign.initial,
 )
 OTHERS: tuple[Situation, ...] = (
+    Campaign.streamed,
+    Campaign.committed,
     Campaign.look,
     Campaign.taken,
     Campaign.resumed,
@@ -364,6 +412,8 @@ REACHED: dict[str, tuple[Situation, ...]] = {
     "file-": (*SYNCS, Campaign.track, Campaign.untrack, Campaign.stop, Campaign.start),
     "fill-": (Campaign.full, Campaign.repair, Campaign.initial),
     "grow-": (Campaign.grow,),
+    "send-": (Campaign.streamed,),
+    "send-committed": (Campaign.committed,),
     "start-": (Campaign.start,),
     "stop-": (Campaign.stop,),
     "take-": (Campaign.incremental, Campaign.twice, Campaign.taken, Campaign.resumed),

@@ -168,7 +168,7 @@ def test_a_commit_that_dies_is_said_again(hosts: Hosts) -> None:
     delta, report = hosts.sent()
     epoch = hosts.received(delta).epoch
     words = ("send", hosts.source, "--link", LINK, "--commit", str(epoch))
-    died = hosts.lab.blktrack(*words, env={"BLKTRACK_CRASH": "commit-link"})
+    died = hosts.lab.blktrack(*words, env={"BLKTRACK_CRASH": "send-committed"})
     assert died.code == -signal.SIGKILL
     hosts.change(3 * MIB)
     hosts.commit(epoch)

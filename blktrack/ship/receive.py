@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blktrack import crash, extent
+from blktrack import extent
 from blktrack.config import Paths
 from blktrack.errors import Refused
 from blktrack.extent import ExtentArray
@@ -55,7 +55,6 @@ def receive(
                 replica.apply(stage)
         else:
             replica.begin(State.UNFINISHED, header.source.generation)
-            crash.point("recv-begun")
             extents = frames.into(replica.end, blocks=replica.end)
             replica.commit(reader.trailer.point)
     trailer = reader.trailer
