@@ -90,7 +90,7 @@ class Witness:
                 run("e2fsck", "-f", "-n", copy)
             else:
                 run("xfs_repair", "-n", "-f", copy)
-        except (Damaged, subprocess.CalledProcessError) as error:
+        except (Damaged, OSError, subprocess.CalledProcessError) as error:
             return str(error)
         return judge(found, log, report.point)
 
