@@ -32,6 +32,8 @@ class Watcher:
 
     def done(self, count: int) -> None:
         now = time.monotonic()
+        # A later round reads again what changed, which no phase had counted.
+        self._total = max(self._total, count)
         if self._quiet or now - self._begun < _SHOW_AFTER:
             return
         if self._terminal:
@@ -72,7 +74,7 @@ class Watcher:
             self._bar.start()
             self._task = self._bar.add_task(self._name, total=self._total)
         if self._task is not None:
-            self._bar.update(self._task, completed=count)
+            self._bar.update(self._task, completed=count, total=self._total)
 
     def close(self) -> None:
         if self._bar is not None:
