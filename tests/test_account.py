@@ -8,9 +8,12 @@ import pytest
 
 from blktrack import sync
 from blktrack.bpf import compile
+from blktrack.capture import Source
 from blktrack.errors import ResyncNeeded
+from blktrack.extent import ExtentArray
 from blktrack.report import SyncReport
 from blktrack.round import Options
+from blktrack.tracker.tracking import Swap
 from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blockdev import Lab, Silent, pairs, read_image, wait_until, write_direct
@@ -87,6 +90,27 @@ def test_a_change_that_no_program_saw_at_all_is_a_doubt(
     assert (done.mode, done.bytes_shipped) == ("resync", 4 * KIB)
     assert not sectors.faults(read_image(device), read_image(replica))
     assert synced(Options()).mode == "nothing"
+
+
+@on_loop
+def test_what_no_program_saw_while_it_was_read_is_in_no_point(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blinded(monkeypatch, lab.folder, COMPLETE, ISSUE)
+    device, replica = lab.loop(16 * MIB), str(lab.name("replica"))
+    fill(device)
+    lab.track(device, 64 * KIB)
+    lab.sync(device, replica)
+    judge = Source.is_valid
+
+    def meanwhile(source: Source, swap: Swap, extents: ExtentArray) -> bool:
+        change(device, 5 * MIB, 2)
+        return judge(source, swap, extents)
+
+    monkeypatch.setattr(Source, "is_valid", meanwhile)
+    change(device, 5 * MIB + 4 * KIB, 1)
+    with pytest.raises(ResyncNeeded, match="seen by the kernel alone"):
+        sync.sync(lab.store, device, replica, Options(no_resync=True), Silent())
 
 
 @pytest.mark.needs("root", "zram", "bpf")

@@ -154,8 +154,10 @@ class Tracking:
         return programs[submit], programs[complete]
 
     def seen_since(self, swap: Swap) -> bool:
-        """Whether no change since then can have begun unseen."""
-        return self.program_pair()[0].missed == swap.missed
+        """Whether no change since then began unseen, as far as the kernel counts what ends."""
+        known = account.known(self.epoch, self.state.slot)
+        unseen = doubt.of_account(known, self.counts())
+        return self.program_pair()[0].missed == swap.missed and not unseen
 
     def submitted(self) -> Words:
         """Granules to which changes were submitted since the last drain."""
