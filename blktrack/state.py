@@ -25,8 +25,8 @@ replaced in one step, so a process may die between any two stores. What is then 
   last: more is shipped than had to be, and filled again.
 - ship, a full copy or a resync: the replica's record says between two points, data, flush, bits of
   `shipping` are cleared. Died before the last: shipped again.
-- ship, an increment: staged, sealed, applied; no bit is cleared before the commit. Died before it is
-  sealed: the replica is as it was. After: its next user finishes it.
+- ship, an increment: staged, sealed, applied; no bit is cleared before the commit. Died before it
+  is sealed: the replica is as it was. After: its next user finishes it.
 - commit: the replica's record says its point, LINK.json has the cursor, `shipping` is cleared. Died
   before the second: the replica is ahead of its link, which follows it. Before the last: shipped
   again.
