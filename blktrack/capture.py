@@ -46,7 +46,10 @@ from blktrack.units import format_size
 _MOST = 30  # rounds
 _SHRINKS = 0.8  # a round of more than this part of the one before does not count as smaller
 _PATIENCE = 3  # such rounds in a row
-_SHORT, _CALM = 0.3, 1.2  # seconds that the last round may take: to go for a freeze, to try one
+# What the last round may take, as a part of the cap of a freeze: to go for one, to try one. More
+# than the first in seconds is never gone for: a further round is shorter, and so the freeze is.
+_SHORT, _CALM = 0.15, 0.6
+_LONGEST = 0.3
 
 # Reads extents into the replica or its stage; calls back when the last read has ended.
 Read = Callable[[ExtentArray, Callable[[], None]], None]
@@ -110,17 +113,20 @@ def capture(
     *,
     consistency: str,
     freeze: Callable[[], Freeze | None],
+    cap: float,
 ) -> Captured:
     """Read rounds, the first of them `extents` as of `swap`, until the point asked for is reached.
 
     none -- one round; it is told to be `crash` if it happens to be valid.
     crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze.
     filesystem -- until they are small, and the last one under a freeze.
-    `freeze` is asked for only then; it says None where there is nothing to freeze.
+    `freeze` is asked for only then; it says None where there is nothing to freeze. A freeze ends
+    after `cap` seconds at most.
     NoPoint where that is not to be had; Gap if a change may have gone unseen meanwhile.
     """
     rounds = _Rounds(source, read, Captured(swap, "none"))
     done, pace = rounds.done, rounds.pace
+    short = min(_SHORT * cap, _LONGEST)
     while True:
         valid = rounds.take(swap, extents)
         if valid and consistency != "filesystem":
@@ -128,11 +134,11 @@ def capture(
             return done
         if consistency == "none":
             return done
-        if pace.is_stuck or (consistency == "filesystem" and pace.is_short(_SHORT)):
+        if pace.is_stuck or (consistency == "filesystem" and pace.is_short(short)):
             break
         swap, extents = source.next_round(swap)
     try:
-        freezing = freeze() if pace.is_short(_CALM) else None
+        freezing = freeze() if pace.is_short(_CALM * cap) else None
         if freezing is None:
             raise _no_point(source, pace)
         with freezing as frozen:

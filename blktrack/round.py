@@ -18,7 +18,7 @@ from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.point import Point
 from blktrack.quiesce.find import file_systems
-from blktrack.quiesce.freeze import Freeze
+from blktrack.quiesce.freeze import CAP, Freeze
 from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import Endpoint, open_end
 from blktrack.ship.record import State
@@ -42,6 +42,9 @@ class Observer(Protocol):
     def done(self, count: int) -> None:
         """So many bytes of the phase are dealt with."""
 
+    def warn(self, message: str) -> None:
+        """Something went wrong that the operator has to see to, and the point is good."""
+
 
 @dataclass
 class Options:
@@ -52,6 +55,9 @@ class Options:
     limit: int | None = None  # bytes of the source read per second
     consistency: str = "crash"  # or none, or filesystem: what a point must be
     freeze: bool = True  # where rounds do not get smaller, a crash point may be taken under one
+    cap: float = CAP  # seconds that a freeze may last
+    pre: tuple[str, ...] = ()  # hooks, run before a freeze: for `filesystem` always, mounted or not
+    post: tuple[str, ...] = ()  # and after it, on every way out
     stop: threading.Event = field(default_factory=threading.Event)
     signum: int = 0  # set together with `stop`
 
@@ -225,7 +231,17 @@ class Round:
         """Read rounds into the replica or a stage, until the point asked for is reached."""
         staged = plan.mode == "incremental"
         copies: list[Copied] = []
-        with open_end(self.device.path) as source:
+        with open_end(self.device.path) as source, contextlib.ExitStack() as after:
+
+            def freezing() -> Freeze | None:
+                freeze = self._freeze()
+                if freeze is not None:
+                    after.callback(tell, freeze)
+                return freeze
+
+            def tell(freeze: Freeze) -> None:
+                for warning in freeze.warnings:
+                    observer.warn(warning)
 
             def read(extents: ExtentArray, ended: Callable[[], None]) -> None:
                 before = sum(copied.bytes_read for copied in copies)
@@ -251,7 +267,8 @@ class Round:
                 plan.extents,
                 read,
                 consistency=self.options.consistency,
-                freeze=self._freeze,
+                freeze=freezing,
+                cap=self.options.cap,
             )
         swap = found.swap
         return Shipped(
@@ -275,7 +292,15 @@ class Round:
             return None
         paths = self.store.paths
         must_write = [paths.run, paths.lib, *self.replica.writes]
-        return Freeze(self.device, mounted, must_write=must_write)
+        options = self.options
+        return Freeze(
+            self.device,
+            mounted,
+            must_write=must_write,
+            cap=options.cap,
+            pre=options.pre,
+            post=options.post,
+        )
 
     def commit(self, point: Point, sets: LinkSets) -> None:
         """The replica is there: the link follows, then what it no longer has to ship goes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ _LINE_EVERY = 10.0
 
 
 class Watcher:
-    """An Observer. With `quiet` it shows nothing."""
+    """An Observer. With `quiet` it shows nothing but warnings."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -39,6 +40,11 @@ class Watcher:
         elif now - self._last >= _LINE_EVERY:
             self._last = now
             print(self._line(count, now - self._begun), file=sys.stderr, flush=True)
+
+    def warn(self, message: str) -> None:
+        self.close()
+        with contextlib.suppress(OSError):
+            print(f"blktrack: warning: {message}", file=sys.stderr, flush=True)
 
     def _line(self, count: int, elapsed: float) -> str:
         left = (self._total - count) * elapsed / count if count else 0.0

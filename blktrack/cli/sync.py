@@ -3,11 +3,14 @@ changed, after a doubt by comparing.
 
   blktrack sync /dev/sdb /backup/sdb.img
   blktrack sync /dev/vg0/data /dev/vg1/data --limit 50M --quiet
+  blktrack sync /dev/sdb /backup/sdb.img --consistency filesystem \\
+      --pre-freeze 'mydb --hold' --post-freeze 'mydb --go-on'
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 
 from blktrack.cli.common import (
     add_json,
@@ -20,6 +23,8 @@ from blktrack.cli.common import (
     target,
 )
 from blktrack.cli.progress import Watcher
+from blktrack.errors import UsageError
+from blktrack.quiesce.freeze import CAP, CAP_MOST
 from blktrack.report import SyncReport
 from blktrack.round import Options
 from blktrack.sync import sync
@@ -50,13 +55,53 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="never freeze file systems for a crash point that is not to be had without",
     )
+    parser.add_argument(
+        "--freeze-cap",
+        type=_cap,
+        default=CAP,
+        metavar="SECONDS",
+        help=f"end a freeze after this long, without a point (default {CAP:g}, at most "
+        f"{CAP_MOST:g})",
+    )
+    parser.add_argument(
+        "--pre-freeze",
+        action="append",
+        default=[],
+        metavar="CMD",
+        help="run this before a freeze, to have a database write all it has, say; with "
+        "--consistency filesystem always, even if nothing is mounted. If it fails there is no "
+        "point. It finds BLKTRACK_PHASE and BLKTRACK_DEVICE in its environment. May be repeated",
+    )
+    parser.add_argument(
+        "--post-freeze",
+        action="append",
+        default=[],
+        metavar="CMD",
+        help="run this after it, whatever came of it; a failure is a warning. May be repeated",
+    )
     add_json(parser)
     add_quiet(parser)
+
+
+def _cap(text: str) -> float:
+    """argparse type: the cap of a freeze."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= CAP_MOST:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds above 0 and at most {CAP_MOST:g}"
+        )
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
     options = Options(full=args.full, no_resync=args.no_resync, limit=args.limit, force=args.force)
     options.consistency, options.freeze = args.consistency, not args.no_freeze
+    options.cap = args.freeze_cap
+    options.pre, options.post = tuple(args.pre_freeze), tuple(args.post_freeze)
+    _refuse_contradictions(options)
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report, _ = sync(store(), args.device, args.target, options, watcher)
     if args.json:
@@ -64,6 +109,15 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print(describe(report))
     return 0
+
+
+def _refuse_contradictions(options: Options) -> None:
+    """A hook that would never run, or a freeze that is both asked for and forbidden."""
+    if options.consistency == "filesystem" and not options.freeze:
+        raise UsageError("--consistency filesystem needs the freeze that --no-freeze forbids")
+    if (options.pre or options.post) and (options.consistency == "none" or not options.freeze):
+        why = "--consistency none" if options.freeze else "--no-freeze"
+        raise UsageError(f"with {why} nothing is frozen, and no hook would run")
 
 
 def describe(report: SyncReport) -> str:

@@ -34,7 +34,7 @@ from blktrack.quiesce.find import FileSystem
 from blktrack.quiesce.watchdog import Watchdog
 from blktrack.sysfs import BlockDevice
 
-CAP = 2.0  # seconds that writers may have to wait
+CAP, CAP_MOST = 2.0, 60.0  # seconds that writers may have to wait, if not told, and at most
 HOOK_LIMIT = 60.0
 
 _FLUSHES = 4  # at most
