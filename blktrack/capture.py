@@ -118,7 +118,8 @@ def capture(
     """Read rounds, the first of them `extents` as of `swap`, until the point asked for is reached.
 
     none -- one round; it is told to be `crash` if it happens to be valid.
-    crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze.
+    crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze, and
+        the point is `filesystem` if all file systems could be frozen.
     filesystem -- until they are small, and the last one under a freeze.
     `freeze` is asked for only then; it says None where there is nothing to freeze. A freeze ends
     after `cap` seconds at most.
@@ -150,10 +151,11 @@ def capture(
     done.freeze_s = frozen.seconds
     if not valid:
         raise NoPoint(
-            f"{source.device.path} was written under the freeze, past its file systems",
-            hint="end what writes to the device itself, then try again",
+            f"{source.device.path} was written under the freeze, {_by_whom(frozen)}",
+            hint="end what writes to it, then try again",
         )
-    done.consistency = "filesystem"
+    # Validity makes it a crash point. More it is only if all of them stood still.
+    done.consistency = "crash" if frozen.unfrozen else "filesystem"
     return done
 
 
@@ -206,6 +208,13 @@ class _Rounds:
         done.swap, done.rounds = swap, done.rounds + 1
         done.read = extent.union(done.read, extents)
         return valid
+
+
+def _by_whom(frozen: Freeze) -> str:
+    if not frozen.unfrozen:
+        return "past its file systems"
+    names = ", ".join(f"the {one}" for one in frozen.unfrozen)
+    return f"past its file systems or by what cannot be frozen: {names}"
 
 
 def _no_point(source: Source, pace: _Pace, more: str = "") -> NoPoint:

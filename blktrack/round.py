@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from blktrack import crash, extent
@@ -287,15 +288,15 @@ class Round:
         wanted = self.options.consistency == "filesystem"
         if not wanted and not self.options.freeze:
             return None
-        mounted = file_systems(self.device)
-        if not mounted and not wanted:
+        if not wanted and not file_systems(self.device):
             return None
         paths = self.store.paths
         must_write = [paths.run, paths.lib, *self.replica.writes]
         options = self.options
         return Freeze(
             self.device,
-            mounted,
+            partial(file_systems, self.device),
+            lenient=not wanted,
             must_write=must_write,
             cap=options.cap,
             pre=options.pre,

@@ -7,6 +7,9 @@ the file then fails like a disk does:
     with FaultFile(folder, size) as fault:
         fault.fail(reads=[(8192, 4096)], writes=[(0, 512)])
 
+With a `device` it is mounted as a file system on that (fuseblk), as ntfs-3g is: one that cannot be
+frozen. It keeps nothing there.
+
 The ranges of (start, length) hold from the return of fail() on; nothing else ever fails.
 """
 
@@ -48,17 +51,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class FaultFile:
     """The test's side: mounts in `folder`, serves until the end of the context."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self._mount = folder / "fault"
+    def __init__(self, folder: Path, size: int, device: str = "") -> None:
+        self._device = device
+        self.mount = folder / "fault"
         self.backing = folder / "fault.backing"
-        self.path = self._mount / "disk"
+        self.path = self.mount / "disk"
         with self.backing.open("xb") as made:
             made.truncate(size)
-        self._mount.mkdir()
+        self.mount.mkdir()
 
     def __enter__(self) -> Self:
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(self._mount), str(self.backing)],
+            [sys.executable, __file__, str(self.mount), str(self.backing), self._device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -83,18 +87,19 @@ class FaultFile:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _libc.umount2(os.fsencode(self._mount), MNT_DETACH)
+        _libc.umount2(os.fsencode(self.mount), MNT_DETACH)
         self._server.kill()
         self._server.communicate()
 
 
 class Server:
-    def __init__(self, mount: str, backing: str) -> None:
+    def __init__(self, mount: str, backing: str, device: str) -> None:
         self._file = os.open(backing, os.O_RDWR)
         self._faults: dict[str, Ranges] = {"reads": [], "writes": []}
         self._fuse = os.open("/dev/fuse", os.O_RDWR)
         options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other"
-        if _libc.mount(b"faultfs", os.fsencode(mount), b"fuse.faultfs", 0, options.encode()):
+        source, kind = (device, b"fuseblk") if device else ("faultfs", b"fuse.faultfs")
+        if _libc.mount(os.fsencode(source), os.fsencode(mount), kind, 0, options.encode()):
             raise OSError(ctypes.get_errno(), "mount")
         self._handlers: dict[int, Callable[[int, memoryview], bytes]] = {
             INIT: self._init,

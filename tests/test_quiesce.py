@@ -73,7 +73,7 @@ class Mounted:
         self.device = BlockDevice.find(self.path)
 
     def freeze(self, **options: Any) -> Freeze:
-        return Freeze(self.device, file_systems(self.device), **options)
+        return Freeze(self.device, functools.partial(file_systems, self.device), **options)
 
     @property
     def writes(self) -> int:
@@ -203,7 +203,9 @@ def test_how_long_it_takes(lab: Lab, kind: str) -> None:
 def test_without_file_systems_only_hooks_run(lab: Lab) -> None:
     device = BlockDevice.find(lab.loop(MIB))
     log = lab.name("log")
-    with Freeze(device, file_systems(device), pre=[f"echo pre >> {log}"]) as freeze:
+    with Freeze(
+        device, functools.partial(file_systems, device), pre=[f"echo pre >> {log}"]
+    ) as freeze:
         assert log.read_text() == "pre\n"
     assert freeze.seconds == 0
 
@@ -275,13 +277,13 @@ def test_somebody_else_thaws(ext4: Mounted) -> None:
 
 
 CHILD = """
-import sys, time
+import functools, sys, time
 from blktrack.quiesce.find import file_systems
 from blktrack.quiesce.freeze import Freeze
 from blktrack.sysfs import BlockDevice
 device = BlockDevice.find(sys.argv[1])
 while True:
-    with Freeze(device, file_systems(device), cap=float(sys.argv[2])):
+    with Freeze(device, functools.partial(file_systems, device), cap=float(sys.argv[2])):
         print("frozen", flush=True)
         time.sleep(float(sys.argv[3]))
 """
@@ -463,7 +465,7 @@ def test_gives_up_waiting_for_another_freeze(lab: Lab, ext4: Mounted) -> None:
     first = Mounted(lab)
     both = [*file_systems(ext4.device), *file_systems(first.device)]
     with ext4.frozen_by_another() as thaw:
-        not_entered(Freeze(ext4.device, both, cap=0.3), NoPoint, "frozen by somebody else")
+        not_entered(Freeze(ext4.device, lambda: both, cap=0.3), NoPoint, "frozen by somebody else")
         thaw()  # it still was
     for one in (ext4, first):
         assert_thawed(one)
@@ -484,7 +486,7 @@ def test_one_in_a_file_of_another(ext4: Mounted, nested: Mounted) -> None:
     assert [one.points for one in file_systems(ext4.device)] == [(ext4.point,)]
     both = [*file_systems(ext4.device), *file_systems(nested.device)]
     with Load(nested.point) as load:
-        with Freeze(ext4.device, both):
+        with Freeze(ext4.device, lambda: both):
             before = ext4.writes
             time.sleep(0.1)
             assert ext4.writes == before
@@ -493,7 +495,7 @@ def test_one_in_a_file_of_another(ext4: Mounted, nested: Mounted) -> None:
 
 def test_the_wrong_order_ends_at_the_cap(ext4: Mounted, nested: Mounted) -> None:
     both = [*file_systems(nested.device), *file_systems(ext4.device)]
-    freeze = Freeze(ext4.device, both, cap=0.5)
+    freeze = Freeze(ext4.device, lambda: both, cap=0.5)
     with Load(nested.point) as load:
         not_entered(freeze, FreezeExpired, r"longer than the 0\.5 s")
         load.goes_on()
@@ -506,9 +508,24 @@ def test_one_that_cannot_be_frozen(lab: Lab, ext4: Mounted) -> None:
     point = lab.stack.enter_context(lab.mounted("tmpfs", "-t", "tmpfs"))
     (found,) = [m for m in sysfs.mounts() if m.point == point]
     memory = FileSystem(found.number, "tmpfs", (point,), frozenset())
-    freeze = Freeze(ext4.device, [memory, *file_systems(ext4.device)])
-    not_entered(freeze, Refused, r"tmpfs .* cannot be frozen: Operation not supported")
+
+    def both() -> list[FileSystem]:
+        return [memory, *file_systems(ext4.device)]
+
+    freeze = Freeze(ext4.device, both)
+    error = not_entered(freeze, Refused, r"tmpfs .* cannot be frozen: Operation not supported")
+    assert f"remount,ro {point}'" in error.hint
     assert_thawed(ext4)
+    with Load(ext4.point), Freeze(ext4.device, both, lenient=True) as freeze:
+        assert freeze.unfrozen == [memory]
+        before = ext4.writes
+        time.sleep(0.1)
+        assert ext4.writes == before
+    assert freeze.seconds > 0.1
+    assert_thawed(ext4)
+    with Freeze(ext4.device, lambda: [memory], lenient=True) as freeze:
+        (point / "file").write_text("x")
+    assert freeze.seconds == 0
 
 
 # What is written to meanwhile
@@ -540,8 +557,9 @@ def test_disk_and_partitions(lab: Lab) -> None:
         (found,) = file_systems(part.device)
         assert (found.kind, found.points) == ("ext4", (part.point,))
     whole = BlockDevice.find(disk)
+    listing = functools.partial(file_systems, whole)
     assert [one.points[0] for one in file_systems(whole)] == [part.point for part in parts]
-    with Load(parts[0].point), Load(parts[1].point), Freeze(whole, file_systems(whole)):
+    with Load(parts[0].point), Load(parts[1].point), Freeze(whole, listing):
         before = [part.writes for part in parts]
         time.sleep(0.1)
         assert [part.writes for part in parts] == before
@@ -582,7 +600,7 @@ def test_read_only(lab: Lab) -> None:
         # The mount is, the file system is not.
         run("mount", "-o", "remount,bind,ro", point)
         assert [one.points for one in file_systems(device)] == [(point,)]
-        with Freeze(device, file_systems(device)) as freeze:
+        with Freeze(device, functools.partial(file_systems, device)) as freeze:
             pass
         assert freeze.seconds > 0
 
