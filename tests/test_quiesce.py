@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +135,20 @@ class Load:
             if thread.is_alive():
                 let_go(self.folder)
                 thread.join()
+
+
+def is_frozen(point: Path) -> bool:
+    fd = os.open(point, os.O_RDONLY)
+    try:
+        linux.freeze(fd)
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return True
+    else:
+        linux.thaw(fd)
+        return False
+    finally:
+        os.close(fd)
 
 
 def assert_thawed(mounted: Mounted) -> None:
@@ -526,6 +540,97 @@ def test_one_that_cannot_be_frozen(lab: Lab, ext4: Mounted) -> None:
     with Freeze(ext4.device, lambda: [memory], lenient=True) as freeze:
         (point / "file").write_text("x")
     assert freeze.seconds == 0
+
+
+# Mounted meanwhile
+
+
+class Mounting:
+    """Lists the file systems of a disk with two partitions, and mounts one of them after some."""
+
+    def __init__(self, lab: Lab, at: Sequence[int]) -> None:
+        disk = lab.loop(2 * SIZE)
+        self.parts = [lab.partition(disk, n, (n - 1) * SIZE, SIZE) for n in (1, 2)]
+        for part in self.parts:
+            make_filesystem(part, "ext4")
+        self.first = mount(lab, self.parts[0])
+        self.lab, self.at, self.device = lab, at, BlockDevice.find(disk)
+        self.listings = 0
+        self.other = lab.name("mount")
+        self.other.mkdir()
+
+    def __call__(self) -> list[FileSystem]:
+        found = file_systems(self.device)
+        self.listings += 1
+        if self.listings in self.at:
+            self.mount()
+        return found
+
+    def mount(self) -> None:
+        run("mount", self.parts[1], self.other)
+        self.lab.stack.callback(run, "umount", self.other)
+
+    def assert_thawed(self) -> None:
+        assert not is_frozen(self.first) and not is_frozen(self.other)
+
+
+def test_a_mount_by_a_pre_hook(lab: Lab) -> None:
+    disk = Mounting(lab, at=())
+    pre = [f"mount {disk.parts[1]} {disk.other}"]
+    with Freeze(disk.device, disk, pre=pre, post=[f"umount {disk.other}"]) as freeze:
+        assert {one.points[0] for one in freeze.file_systems} == {disk.first, disk.other}
+        assert is_frozen(disk.first) and is_frozen(disk.other)
+    assert freeze.warnings == []
+    (left,) = file_systems(disk.device)
+    assert left.points == (disk.first,)
+
+
+def test_a_mount_after_the_listing(lab: Lab) -> None:
+    """It is found once the first is frozen, and then both are."""
+    disk = Mounting(lab, at=[1])
+    log = lab.name("log")
+    with Freeze(disk.device, disk, post=[f"echo post >> {log}"]) as freeze:
+        assert {one.points[0] for one in freeze.file_systems} == {disk.first, disk.other}
+        assert is_frozen(disk.first) and is_frozen(disk.other)
+        assert not log.exists()
+    assert disk.listings == 5  # before and under the first freeze and the second, and after
+    assert log.read_text() == "post\n"
+    disk.assert_thawed()
+
+
+def test_mounts_without_end(lab: Lab) -> None:
+    disk = Mounting(lab, at=())
+    disk.mount()
+
+    def listing() -> list[FileSystem]:
+        """As if it were unmounted under each freeze, and mounted again before the next."""
+        found = disk()
+        return (
+            found if disk.listings % 2 == 0 else [one for one in found if disk.first in one.points]
+        )
+
+    freeze = Freeze(disk.device, listing)
+    not_entered(freeze, NoPoint, f"not frozen: the ext4 at {disk.other}")
+    assert disk.listings == 4
+    disk.assert_thawed()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_mount_under_the_freeze(lab: Lab, frozen: bool) -> None:
+    """Where nothing was mounted, and so nothing frozen, too."""
+    disk = Mounting(lab, at=())
+    log = lab.name("log")
+    with contextlib.ExitStack() as stack:
+        if not frozen:
+            device = BlockDevice.find(disk.parts[1])
+            freeze = Freeze(device, functools.partial(file_systems, device))
+        else:
+            freeze = Freeze(disk.device, disk, post=[f"echo post >> {log}"])
+        stack.enter_context(pytest.raises(NoPoint, match=f"the ext4 at {disk.other}"))
+        stack.enter_context(freeze)
+        disk.mount()
+    assert log.exists() == frozen
+    disk.assert_thawed()
 
 
 # What is written to meanwhile

@@ -7,7 +7,8 @@
 In order: the `pre` hooks; a look at what is mounted, for a hook may have made a file system
 read-only that cannot be frozen; a flush, so that the freeze itself has little to write; the freeze;
 the body; the thaw; the `post` hooks. Thaw and `post` hooks come on every way out. A process that is
-killed is thawed for (see `watchdog`), but then no `post` hook runs.
+killed is thawed for (see `watchdog`), but then no `post` hook runs. Once all are frozen they are
+listed again, and once more after the thaw: what was mounted in between would not have stood still.
 
 A file system that lies on another, through a loop device over a file say, has to be frozen before
 it, for its last writes need it. It was mounted after it: so they are frozen in reverse order of
@@ -81,7 +82,8 @@ class Freeze:
         self.pre, self.post, self.hook_limit = pre, post, hook_limit
         self.warnings: list[str] = []  # of post hooks that failed: the point is good all the same
         self._watchdog: Watchdog | None = None
-        self._held = contextlib.ExitStack()
+        self._held = contextlib.ExitStack()  # all that is frozen
+        self._hooked = contextlib.ExitStack()  # that, and the post hooks
 
     @property
     def seconds(self) -> float:
@@ -101,16 +103,19 @@ class Freeze:
 
     def __enter__(self) -> Self:
         self._look()
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as hooked:
             for command in reversed(self.post):
-                held.callback(self._after, command)
+                hooked.callback(self._after, command)
             for command in self.pre:
                 self._before(command)
             if self.pre:
                 self._look()
-            if self.file_systems:
-                self._hold(held)
-            self._held = held.pop_all()
+            self._held = hooked.enter_context(contextlib.ExitStack())
+            if self._hold_all():
+                # Mounted since they were listed: once more, with it among them.
+                self._look()
+                self._refuse(self._hold_all())
+            self._hooked = hooked.pop_all()
         return self
 
     def __exit__(
@@ -119,9 +124,12 @@ class Freeze:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._held.close()
-        if error is None:
-            self.check()
+        with self._hooked:
+            self._held.close()
+            if error is None:
+                self.check()
+                # After the thaw, so that writers need not wait for it; a hook may mount again.
+                self._refuse(self._added())
 
     @property
     def _names(self) -> str:
@@ -148,6 +156,27 @@ class Freeze:
     def _after(self, command: str) -> None:
         if why := hooks.run(command, "post", self.device.path, self.hook_limit):
             self.warnings.append(f"the post hook {command!r} failed: {why}")
+
+    def _hold_all(self) -> list[FileSystem]:
+        """Freeze what was listed. If there is more by then it says what, and nothing is frozen."""
+        with contextlib.ExitStack() as held:
+            if self.file_systems:
+                self._hold(held)
+            if not (added := self._added()):
+                self._held.push(held.pop_all())
+        return added
+
+    def _added(self) -> list[FileSystem]:
+        known = {one.number for one in self.file_systems}
+        return [one for one in self.listing() if one.number not in known]
+
+    def _refuse(self, added: list[FileSystem]) -> None:
+        if added:
+            names = ", ".join(f"the {one}" for one in added)
+            raise NoPoint(
+                f"mounted while {self.device.path} was to be frozen, and not frozen: {names}",
+                hint="try again: it is found in time then",
+            )
 
     def _hold(self, held: contextlib.ExitStack) -> None:
         fds = []
