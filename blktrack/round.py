@@ -9,13 +9,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 from blktrack import crash, extent
 from blktrack.capture import Source, capture
-from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
+from blktrack.errors import (
+    CopyFailed,
+    Interrupted,
+    NoPoint,
+    NotTracked,
+    Refused,
+    ResyncNeeded,
+)
 from blktrack.extent import ExtentArray
 from blktrack.point import Point
 from blktrack.quiesce.find import file_systems
@@ -24,6 +32,7 @@ from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import Endpoint, open_end
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
+from blktrack.ship.room import room
 from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
@@ -55,6 +64,7 @@ class Options:
     force: bool = False
     limit: int | None = None  # bytes of the source read per second
     consistency: str = "crash"  # or none, or filesystem: what a point must be
+    in_place: bool = False  # an increment too goes straight into the replica
     freeze: bool = True  # where rounds do not get smaller, a crash point may be taken under one
     cap: float = CAP  # seconds that a freeze may last
     pre: tuple[str, ...] = ()  # hooks, run before a freeze: for `filesystem` always, mounted or not
@@ -206,31 +216,46 @@ class Round:
         """Capture the planned extents, and bring the replica to the point that was reached.
 
         An increment is staged beside the replica and applied as a whole; a full copy or a resync,
-        which have no point to protect, go straight into it.
+        which have no point to protect, go straight into it. So does an increment that is asked to,
+        or goes on with one that was. No bit of it is cleared before the commit: all that a replica
+        at its old point lacks stays pending, whether it is restored to it or left half-way from it.
         """
         crash.point("ship-planned")
+        increment, replica = plan.mode == "incremental", self.replica
         if plan.mode == "nothing":
-            shipped = self._capture(plan, sets, observer, self.replica.end)
-            self.replica.commit(shipped.point)
-        elif plan.mode == "incremental":
-            stage = self.replica.stage()
-            try:
+            shipped = self._capture(plan, sets, observer, None)
+            replica.commit(shipped.point)
+        elif increment and replica.existing_state is State.READY and not self.options.in_place:
+            with self._room(plan, observer), replica.stage() as stage:
                 shipped = self._capture(plan, sets, observer, stage.end)
                 stage.seal(shipped.read, shipped.point)
-            except BaseException:
-                stage.drop()
-                raise
-            self.replica.apply(stage)
+                replica.apply(stage)
         else:
-            self.replica.begin(State.UNFINISHED, plan.swap.generation)
+            replica.begin(State.APPLYING if increment else State.UNFINISHED, plan.swap.generation)
             crash.point("ship-begun")
-            shipped = self._capture(plan, sets, observer, self.replica.end)
-            self.replica.commit(shipped.point)
+            try:
+                shipped = self._capture(plan, sets, observer, None)
+            except (NoPoint, Refused) as error:
+                error.hint += "; until then the replica, written in place, is at no point"
+                raise
+            replica.commit(shipped.point)
         return shipped
 
-    def _capture(self, plan: Plan, sets: LinkSets, observer: Observer, end: Endpoint) -> Shipped:
-        """Read rounds into the replica or a stage, until the point asked for is reached."""
-        staged = plan.mode == "incremental"
+    def _room(self, plan: Plan, observer: Observer) -> AbstractContextManager[None]:
+        return room(
+            self.replica.folder,
+            self.device.path,
+            plan.extents,
+            stop=self.options.stop,
+            limit=self.options.limit,
+            progress=observer.done,
+        )
+
+    def _capture(
+        self, plan: Plan, sets: LinkSets, observer: Observer, stage: Endpoint | None
+    ) -> Shipped:
+        """Read rounds into a stage or the replica, until the point asked for is reached."""
+        kept = "the replica is at its point" if stage else "the replica is unfinished"
         copies: list[Copied] = []
         with open_end(self.device.path) as source, contextlib.ExitStack() as after:
 
@@ -248,19 +273,20 @@ class Round:
                 before = sum(copied.bytes_read for copied in copies)
                 copied = copy(
                     source,
-                    end,
+                    stage or self.replica.end,
                     extents,
                     mode=Mode.REPAIR if plan.mode == "resync" and not copies else Mode.COPY,
                     granularity=max(sets.granularity, 4096),
                     progress=lambda count: observer.done(before + count),
-                    checkpoint=None if staged else sets.shipped,
+                    checkpoint=None if plan.mode == "incremental" else sets.shipped,
                     read_done=ended,
                     stop=self.options.stop,
                     limit=self.options.limit,
-                    known_zero=not copies and (staged or self.replica.blank),
+                    known_zero=not copies and (stage is not None or self.replica.blank),
                 )
                 copies.append(copied)
-                judge(plan.mode, copied, self.device.path, self.link.target, self.options)
+                names = self.device.path, self.link.target
+                judge(plan.mode, copied, *names, self.options, kept=kept)
 
             found = capture(
                 Source(self.store, self.device, self.number, sets),
@@ -314,9 +340,11 @@ class Round:
         crash.point("commit-sets")
 
 
-def judge(mode: str, copied: Copied, path: str, target: str, options: Options) -> None:
-    """An incomplete copy is no point: say what is missing."""
-    kept = "the replica is at its point" if mode == "incremental" else "the rest is kept"
+def judge(
+    mode: str, copied: Copied, path: str, target: str, options: Options, *, kept: str = ""
+) -> None:
+    """An incomplete copy is no point: say what is missing. `kept` is what became of the replica."""
+    kept = f"{kept}; " if kept else ""
     if len(copied.failed):
         places = extent.to_list(copied.failed)
         shown = ", ".join(str(place) for place in places[:4])
@@ -324,11 +352,11 @@ def judge(mode: str, copied: Copied, path: str, target: str, options: Options) -
         raise CopyFailed(
             f"{path} could not be read at {shown}{more} "
             f"({format_size(extent.total(copied.failed))})",
-            hint=f"{kept}; these extents stay pending: check the disk, try again",
+            hint=f"{kept}these extents stay pending: check the disk, try again",
         )
     if copied.interrupted:
         raise Interrupted(
             f"{mode} of {path} and {target} was interrupted",
             signum=options.signum,
-            hint=f"{kept}: run it again to go on",
+            hint=f"{kept}run it again to go on",
         )

@@ -27,6 +27,9 @@ replaced in one step, so a process may die between any two stores. What is then 
   `shipping` are cleared. Died before the last: shipped again.
 - ship, an increment: staged, sealed, applied; no bit is cleared before the commit. Died before it
   is sealed: the replica is as it was. After: its next user finishes it.
+- ship, an increment in place: the replica's record says half-way from its point, data, flush; no
+  bit is cleared before the commit. Died before that: all of it is shipped again, into what was
+  written of it as into a replica that was restored to that point.
 - commit: the replica's record says its point, LINK.json has the cursor, `shipping` is cleared. Died
   before the second: the replica is ahead of its link, which follows it. Before the last: shipped
   again.

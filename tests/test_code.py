@@ -45,6 +45,7 @@ FLOORS = {
     "ship.worker": 3,
     "ship.apply": 3,
     "ship.replica": 3,
+    "ship.room": 3,
     "tracker": 3,
     "doctor": 3,
     "quiesce": 3,

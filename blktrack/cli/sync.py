@@ -43,6 +43,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="overwrite a target that holds something else"
     )
     parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="write an increment straight into the replica, where there is no room to stage it "
+        "beside: it is at no point until that has ended, in this or a later sync",
+    )
+    parser.add_argument(
         "--consistency",
         choices=["none", "crash", "filesystem"],
         default="crash",
@@ -99,6 +105,7 @@ def _cap(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     options = Options(full=args.full, no_resync=args.no_resync, limit=args.limit, force=args.force)
     options.consistency, options.freeze = args.consistency, not args.no_freeze
+    options.in_place = args.in_place
     options.cap = args.freeze_cap
     options.pre, options.post = tuple(args.pre_freeze), tuple(args.post_freeze)
     _refuse_contradictions(options)

@@ -120,6 +120,11 @@ def finish(name: str, paths: Paths) -> Record | None:
     target = Target.find(name)
     folder = folder_of(target, paths)
     seen = Record.read(folder / RECORD)
+    if seen is not None and seen.state is State.APPLYING and seen.next is None:
+        raise BlktrackError(
+            f"{name} is at no point: an increment that is written into it has not ended",
+            hint="run blktrack sync: it goes on with that",
+        )
     if seen is None or not target.exists or not (is_left(folder) or seen.next):
         return seen
     check_idle(target)

@@ -12,7 +12,8 @@ A crash before the seal leaves the old point and nothing else; one after it leav
 finishes before anything else. So whoever opened a replica to write it has it at one point, the old
 or the new, unless `changed` says why not.
 
-Copies in place have no point to protect: initial ones and resyncs. `begin` records that the bytes
+Copies in place have no point to protect, as initial ones and resyncs, or are asked to give it up,
+as an increment for which there is no room beside the replica. `begin` records that the bytes
 are about to leave their point before the first of them does, and `commit` makes all bytes durable
 before it records the new point. So after a crash the record either names the point that the bytes
 are at, or says that they are at none (UNFINISHED) or between two (APPLYING). A file that was
@@ -113,9 +114,14 @@ class Replica:
         return self.record.state if self.record else None
 
     @property
+    def folder(self) -> Path:
+        """Where increments are staged."""
+        return self._place.folder
+
+    @property
     def writes(self) -> list[Path]:
         """What is written to on the way to a point."""
-        return [self._place.folder, Path(self.target.path)]
+        return [self.folder, Path(self.target.path)]
 
     def stage(self) -> Stage:
         """Begin an increment beside the replica, which stays at its point. An older one is dropped.
@@ -127,8 +133,7 @@ class Replica:
             raise ValueError("an increment has no point to start from")
         if self.changed:
             raise ValueError(f"an increment for a replica that {self.changed}")
-        folder = self._place.folder
-        return Stage.create(folder, self._source.size, link=self.link, base=record.point)
+        return Stage.create(self.folder, self._source.size, link=self.link, base=record.point)
 
     def apply(self, stage: Stage, progress: Callable[[int], None] | None = None) -> None:
         """Bring the replica to the point of a sealed stage, and drop the stage.
@@ -157,7 +162,8 @@ class Replica:
         """Record, before the first write, that the replica leaves its point: call it once a run.
 
         UNFINISHED gives the point up, for an initial copy or a resync. APPLYING keeps it on record,
-        for an increment; ValueError if there is none.
+        for an increment in place: whoever has all that changed since that point may go on with it.
+        ValueError if there is none.
         """
         point = self.record.point if self.record and state is State.APPLYING else None
         if state is State.READY or (state is State.APPLYING and point is None):
