@@ -229,7 +229,8 @@ class Round:
             with self._room(plan, observer), replica.stage() as stage:
                 shipped = self._capture(plan, sets, observer, stage.end)
                 stage.seal(shipped.read, shipped.point)
-                replica.apply(stage)
+                observer.phase("apply", extent.total(shipped.read))
+                replica.apply(stage, observer.done, self.options.stop)
         else:
             replica.begin(State.APPLYING if increment else State.UNFINISHED, plan.swap.generation)
             crash.point("ship-begun")

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from blktrack import extent
+from blktrack.errors import Interrupted
 from blktrack.report import SyncReport, VerifyReport
 from blktrack.round import Observer, Options, Plan, Round, Shipped, judge
+from blktrack.ship.apply import ApplyStopped
 from blktrack.ship.copy import Mode, copy
 from blktrack.ship.endpoint import open_end
 from blktrack.ship.replica import Replica
@@ -31,23 +33,10 @@ def sync(
 ) -> tuple[SyncReport, Shipped]:
     """Bring the replica at `target` to a point of the device at `path`."""
     begun = time.monotonic()
-    state, device = find(store, path)
-    known = _find_link(store, state.id, target)
-    with Replica.open(
-        target,
-        source=device,
-        link=known.id if known else None,
-        paths=store.paths,
-        force=options.force,
-    ) as replica:
-        # Read anew: whoever had the replica until now may have moved the cursor.
-        link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
-        current = Round(store, device, state.id, link, replica, options)
-        try:
-            plan, shipped = _ship(current, observer)
-        except Gap:
-            # It came while the source was read: a new generation, and a resync, in one go.
-            plan, shipped = _ship(current, observer)
+    try:
+        plan, shipped = _bring(store, path, target, options, observer)
+    except ApplyStopped as error:
+        raise Interrupted(str(error), signum=options.signum, hint=error.hint) from error
     report = SyncReport(
         mode=plan.mode,
         reason=plan.reason,
@@ -64,6 +53,29 @@ def sync(
         duration_s=time.monotonic() - begun,
     )
     return report, shipped
+
+
+def _bring(
+    store: Store, path: str, target: str, options: Options, observer: Observer
+) -> tuple[Plan, Shipped]:
+    state, device = find(store, path)
+    known = _find_link(store, state.id, target)
+    with Replica.open(
+        target,
+        source=device,
+        link=known.id if known else None,
+        paths=store.paths,
+        force=options.force,
+        stop=options.stop,
+    ) as replica:
+        # Read anew: whoever had the replica until now may have moved the cursor.
+        link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
+        current = Round(store, device, state.id, link, replica, options)
+        try:
+            return _ship(current, observer)
+        except Gap:
+            # It came while the source was read: a new generation, and a resync, in one go.
+            return _ship(current, observer)
 
 
 def _ship(current: Round, observer: Observer) -> tuple[Plan, Shipped]:

@@ -10,7 +10,8 @@ the file then fails like a disk does:
 With a `device` it is mounted as a file system on that (fuseblk), as ntfs-3g is: one that cannot be
 frozen. It keeps nothing there.
 
-The ranges of (start, length) hold from the return of fail() on; nothing else ever fails.
+The ranges of (start, length) hold from the return of fail() on; nothing else ever fails. After
+hold() the next write waits until release(), and with it whoever waits for it, or for any other.
 """
 
 from __future__ import annotations
@@ -72,10 +73,29 @@ class FaultFile:
 
     def fail(self, *, reads: Ranges | None = None, writes: Ranges | None = None) -> None:
         """Let these ranges fail with EIO from now on, and no others."""
-        assert self._server.stdin
-        self._server.stdin.write(json.dumps({"reads": reads or [], "writes": writes or []}) + "\n")
-        self._server.stdin.flush()
+        self._tell({"reads": reads or [], "writes": writes or []})
         self._answer()
+
+    def hold(self) -> None:
+        """Let the next write wait."""
+        self._tell("hold")
+        self._answer()
+
+    def until_held(self) -> None:
+        """Wait until a write does."""
+        assert self._server.stdout
+        ready, _, _ = select.select([self._server.stdout], [], [], 60)
+        assert ready, "nothing was written"
+        assert self._server.stdout.readline() == "held\n"
+
+    def release(self) -> None:
+        self._tell("release")
+        self._answer()
+
+    def _tell(self, words: object) -> None:
+        assert self._server.stdin
+        self._server.stdin.write(json.dumps(words) + "\n")
+        self._server.stdin.flush()
 
     def _answer(self) -> None:
         assert self._server.stdout
@@ -96,6 +116,7 @@ class Server:
     def __init__(self, mount: str, backing: str, device: str) -> None:
         self._file = os.open(backing, os.O_RDWR)
         self._faults: dict[str, Ranges] = {"reads": [], "writes": []}
+        self._holds = self._ended = False
         self._fuse = os.open("/dev/fuse", os.O_RDWR)
         options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other"
         source, kind = (device, b"fuseblk") if device else ("faultfs", b"fuse.faultfs")
@@ -121,11 +142,9 @@ class Server:
         while True:
             ready, _, _ = select.select([self._fuse, sys.stdin], [], [])
             if sys.stdin in ready:
-                line = sys.stdin.readline()
-                if not line:
+                self._obey()
+                if self._ended:
                     return
-                self._faults = json.loads(line)
-                print("ok", flush=True)
             if self._fuse in ready:
                 try:
                     count = os.readv(self._fuse, [request])
@@ -134,6 +153,16 @@ class Server:
                         return
                     continue
                 self._handle(request[:count])
+
+    def _obey(self) -> None:
+        line = sys.stdin.readline()
+        self._ended = not line
+        match json.loads(line or '"release"'):
+            case str(word):
+                self._holds = word == "hold"
+            case faults:
+                self._faults = faults
+        print("ok", flush=True)
 
     def _handle(self, request: memoryview) -> None:
         _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
@@ -198,6 +227,10 @@ class Server:
 
     def _write(self, node: int, body: memoryview) -> bytes:
         _, offset, size = struct.unpack_from("QQI", body)
+        if self._holds:
+            print("held", flush=True)
+        while self._holds:
+            self._obey()
         self._check("writes", offset, size)
         return struct.pack("II", os.pwrite(self._file, body[40 : 40 + size], offset), 0)
 

@@ -30,6 +30,8 @@ class Watcher:
     def phase(self, name: str, total: int) -> None:
         self._name, self._total = name, total
         self._begun = self._last = time.monotonic()
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=total, description=name)
 
     def done(self, count: int) -> None:
         now = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import numpy as np
 
@@ -27,11 +28,13 @@ LEAST = 256 << 10
 _PIECE = 1 << 30  # shared by one call
 
 
-def share(source: FileEnd, replica: FileEnd, extents: ExtentArray) -> ExtentArray:
+def share(
+    source: FileEnd, replica: FileEnd, extents: ExtentArray, stop: threading.Event
+) -> ExtentArray:
     """Share what can be shared of `extents`, holes included; what is left to be copied.
 
-    That is small extents, the ends of others that are no whole blocks, and all where there are no
-    reflinks. Durable after flush(). EndError.
+    That is small extents, the ends of others that are no whole blocks, all where there are no
+    reflinks, and what was not come to when `stop` was set. Durable after flush(). EndError.
     """
     unit = max(os.fstatvfs(replica.fileno()).f_bsize, linux.PAGE)
     start, end = extents[:, 0], extents[:, 0] + extents[:, 1]
@@ -39,8 +42,8 @@ def share(source: FileEnd, replica: FileEnd, extents: ExtentArray) -> ExtentArra
     large = last - first >= max(LEAST, unit)
     done = 0
     rows = np.stack([first, last], axis=1)[large].tolist()
-    for begin, stop in rows:
-        if not _share(source, replica, begin, stop):
+    for begin, until in rows:
+        if stop.is_set() or not _share(source, replica, begin, until):
             break
         done += 1
     if not done:

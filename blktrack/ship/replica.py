@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,7 @@ class Replica:
         self._place = place
         self._source = source
         self._created = False  # by this run, and not begun yet
+        self._stop: threading.Event | None = None
         self._held = contextlib.ExitStack()
 
     @classmethod
@@ -72,6 +74,7 @@ class Replica:
         paths: Paths,
         force: bool = False,
         writable: bool = True,
+        stop: threading.Event | None = None,
     ) -> Self:
         """Take the target for a replica of `source`, or refuse it.
 
@@ -79,6 +82,7 @@ class Replica:
             found on the replica of this source goes on, as `changed`, or a new one is made.
         force -- take what holds other data, or belongs to another source or link.
         writable -- False: only to be read; nothing is created or claimed, and anything is read.
+        stop -- set it to end early the finishing of what an earlier run left: ApplyStopped.
 
         Raises Refused, Busy if another run has it, UsageError for a target that cannot be reached.
         """
@@ -89,7 +93,7 @@ class Replica:
             lock = lock_of(folder, paths)
             end, created = take(target, lock, held, size=source.size, writable=writable)
             replica = cls(Place(target, end, folder), source)
-            replica._created = created
+            replica._created, replica._stop = created, stop
             held.callback(replica._forget)
             replica._judge(link, force=force, writable=writable)
             replica._held = held.pop_all()
@@ -135,12 +139,17 @@ class Replica:
             raise ValueError(f"an increment for a replica that {self.changed}")
         return Stage.create(self.folder, self._source.size, link=self.link, base=record.point)
 
-    def apply(self, stage: Stage, progress: Callable[[int], None] | None = None) -> None:
+    def apply(
+        self,
+        stage: Stage,
+        progress: Callable[[int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Bring the replica to the point of a sealed stage, and drop the stage.
 
         Refused if others wrote to the replica since it was at its point, as `changed` says then,
-        and the stage is dropped. After any other error, or a death, the next `open` goes on, but
-        after StageDamaged only a resync helps.
+        and the stage is dropped. After any other error, ApplyStopped if `stop` was set, or a death,
+        the next `open` goes on, but after StageDamaged only a resync helps.
         """
         record = self.record
         if record is None or stage.point is None or not stage.leads_from(record):
@@ -153,7 +162,8 @@ class Replica:
                 hint="run blktrack sync: it compares the replica with its source and repairs it",
             )
         try:
-            apply(self._place, stage, Origin.of(self._source, stage.point.generation), progress)
+            source = Origin.of(self._source, stage.point.generation)
+            apply(self._place, stage, source, progress=progress, stop=stop)
         except StageDamaged as error:
             self.changed = str(error)
             raise
@@ -229,7 +239,7 @@ class Replica:
     def _settle(self, record: Record) -> Record:
         """Finish or drop what an earlier run staged; the record then."""
         self._place.record = record
-        self.finished, self.changed = settle(self._place, self.changed)
+        self.finished, self.changed = settle(self._place, self.changed, self._stop)
         return self._place.record
 
     def _is_gone(self, seal: Seal, now: Seal) -> bool:
