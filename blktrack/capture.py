@@ -46,7 +46,10 @@ from blktrack.units import format_size
 _MOST = 30  # rounds
 _SHRINKS = 0.8  # a round of more than this part of the one before does not count as smaller
 _PATIENCE = 3  # such rounds in a row
-_SHORT, _CALM = 0.3, 1.2  # seconds that the last round may take: to go for a freeze, to try one
+# What the last round may take, as a part of the cap of a freeze: to go for one, to try one. More
+# than the first in seconds is never gone for: a further round is shorter, and so the freeze is.
+_SHORT, _CALM = 0.15, 0.6
+_LONGEST = 0.3
 
 # Reads extents into the replica or its stage; calls back when the last read has ended.
 Read = Callable[[ExtentArray, Callable[[], None]], None]
@@ -118,17 +121,21 @@ def capture(
     *,
     consistency: str,
     freeze: Callable[[], Freeze | None],
+    cap: float,
 ) -> Captured:
     """Read rounds, the first of them `extents` as of `swap`, until the point asked for is reached.
 
     none -- one round; it is told to be `crash` if it happens to be valid.
-    crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze.
+    crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze, and
+        the point is `filesystem` if all file systems could be frozen.
     filesystem -- until they are small, and the last one under a freeze.
-    `freeze` is asked for only then; it says None where there is nothing to freeze.
+    `freeze` is asked for only then; it says None where there is nothing to freeze. A freeze ends
+    after `cap` seconds at most.
     NoPoint where that is not to be had; Gap if a change may have gone unseen meanwhile.
     """
     rounds = _Rounds(source, read, Captured(swap, "none"))
     done, pace = rounds.done, rounds.pace
+    short = min(_SHORT * cap, _LONGEST)
     while True:
         valid = rounds.take(swap, extents)
         if valid and consistency != "filesystem":
@@ -136,11 +143,11 @@ def capture(
             return done
         if consistency == "none":
             return done
-        if pace.is_stuck or (consistency == "filesystem" and pace.is_short(_SHORT)):
+        if pace.is_stuck or (consistency == "filesystem" and pace.is_short(short)):
             break
         swap, extents = source.next_round(swap)
     try:
-        freezing = freeze() if pace.is_short(_CALM) else None
+        freezing = freeze() if pace.is_short(_CALM * cap) else None
         if freezing is None:
             raise _no_point(source, pace)
         with freezing as frozen:
@@ -152,10 +159,11 @@ def capture(
     done.freeze_s = frozen.seconds
     if not valid:
         raise NoPoint(
-            f"{source.device.path} was written under the freeze, past its file systems",
-            hint="end what writes to the device itself, then try again",
+            f"{source.device.path} was written under the freeze, {_by_whom(frozen)}",
+            hint="end what writes to it, then try again",
         )
-    done.consistency = "filesystem"
+    # Validity makes it a crash point. More it is only if all of them stood still.
+    done.consistency = "crash" if frozen.unfrozen else "filesystem"
     return done
 
 
@@ -208,6 +216,13 @@ class _Rounds:
         done.swap, done.rounds = swap, done.rounds + 1
         done.read = extent.union(done.read, extents)
         return valid
+
+
+def _by_whom(frozen: Freeze) -> str:
+    if not frozen.unfrozen:
+        return "past its file systems"
+    names = ", ".join(f"the {one}" for one in frozen.unfrozen)
+    return f"past its file systems or by what cannot be frozen: {names}"
 
 
 def _no_point(source: Source, pace: _Pace, more: str = "") -> NoPoint:

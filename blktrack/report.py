@@ -29,12 +29,12 @@ class LinkStatus(Report):
     target: str  # "": streams
     name: str
     epoch: int | None  # of the cursor
-    point: float | None  # the instant whose state the replica holds
+    point: float | None  # the instant whose state the replica holds; None while it holds none
     consistency: str | None
     lag_s: float | None
     pending_bytes: int | None  # None: not known, the device is away or has a gap
-    state: str  # initial, ready, resync
-    reason: str  # why a resync is due
+    state: str  # initial, ready, resync, unfinished
+    reason: str  # why it is not ready
     resyncs: list[Past] = field(default_factory=list)  # reason and time, newest first
 
 

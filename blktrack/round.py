@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.point import Point
 from blktrack.quiesce.find import file_systems
-from blktrack.quiesce.freeze import Freeze
+from blktrack.quiesce.freeze import CAP, Freeze
 from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import Endpoint, open_end
 from blktrack.state import DeviceState, Doubt, LinkState, Store
@@ -41,6 +42,9 @@ class Observer(Protocol):
     def done(self, count: int) -> None:
         """So many bytes of the phase are dealt with."""
 
+    def warn(self, message: str) -> None:
+        """Something went wrong that the operator has to see to, and the point is good."""
+
 
 @dataclass
 class Options:
@@ -50,7 +54,11 @@ class Options:
     force: bool = False
     limit: int | None = None  # bytes of the source read per second
     consistency: str = "crash"  # or none, or filesystem: what a point must be
+    in_place: bool = False  # an increment too goes straight into the replica
     freeze: bool = True  # where rounds do not get smaller, a crash point may be taken under one
+    cap: float = CAP  # seconds that a freeze may last
+    pre: tuple[str, ...] = ()  # hooks, run before a freeze: for `filesystem` always, mounted or not
+    post: tuple[str, ...] = ()  # and after it, on every way out
     stop: threading.Event = field(default_factory=threading.Event)
     signum: int = 0  # set together with `stop`
 
@@ -180,32 +188,35 @@ class Round(ABC):
         observer: Observer,
         end: Endpoint,
         *,
-        in_place: bool,
-        blank: bool,
+        forget: bool = False,
+        blank: bool = False,
+        kept: str = "the replica is at its point",
     ) -> Shipped:
         """Read rounds into `end` until the point asked for is reached.
 
-        in_place -- what is durable there need not be shipped again.
+        forget -- what is durable there need not be shipped again.
         blank -- all of it reads as zeroes.
+        kept -- what the operator is told of the receiver if it is not reached.
         """
         copies: list[Copied] = []
-        freezing = False
+        frozen: list[Freeze] = []
 
         def freeze() -> Freeze | None:
-            nonlocal freezing
-            freezing = True
-            return self._freeze()
+            freezing = self._freeze()
+            frozen.extend([freezing] if freezing else [])
+            return freezing
 
         def show(count: int) -> None:
             # What shows it may write to a log on a file system that is frozen.
-            if not freezing:
+            if not frozen:
                 observer.done(count)
 
-        with open_end(self.device.path) as source:
+        with open_end(self.device.path) as source, contextlib.ExitStack() as after:
+            after.callback(_tell, frozen, observer)
 
             def read(extents: ExtentArray, ended: Callable[[], None]) -> None:
                 before = sum(copied.bytes_read for copied in copies)
-                compare = plan.mode == "resync" and in_place and not copies
+                compare = plan.mode == "resync" and forget and not copies
                 copied = copy(
                     source,
                     end,
@@ -213,16 +224,14 @@ class Round(ABC):
                     mode=Mode.REPAIR if compare else Mode.COPY,
                     granularity=max(sets.granularity, 4096),
                     progress=lambda count: show(before + count),
-                    checkpoint=sets.shipped if in_place else None,
+                    checkpoint=sets.shipped if forget else None,
                     read_done=ended,
                     stop=self.options.stop,
                     limit=self.options.limit,
                     known_zero=blank and not copies,
                 )
                 copies.append(copied)
-                judge(
-                    plan.mode, copied, self.device.path, self.link, self.options, in_place=in_place
-                )
+                judge(plan.mode, copied, self.device.path, self.link, self.options, kept=kept)
 
             found = capture(
                 Source(self.store, self.device, self.number, sets),
@@ -231,6 +240,7 @@ class Round(ABC):
                 read,
                 consistency=self.options.consistency,
                 freeze=freeze,
+                cap=self.options.cap,
             )
         swap = found.swap
         return Shipped(
@@ -246,13 +256,19 @@ class Round(ABC):
     def _freeze(self) -> Freeze | None:
         """The file systems of the source, to be frozen; None if there is nothing to freeze, or if
         it is not wanted. Refused."""
-        wanted = self.options.consistency == "filesystem"
-        if not wanted and not self.options.freeze:
+        options = self.options
+        wanted = options.consistency == "filesystem"
+        if not wanted and not (options.freeze and file_systems(self.device)):
             return None
-        mounted = file_systems(self.device)
-        if not mounted and not wanted:
-            return None
-        return Freeze(self.device, mounted, must_write=self.writes)
+        return Freeze(
+            self.device,
+            partial(file_systems, self.device),
+            lenient=not wanted,
+            must_write=self.writes,
+            cap=options.cap,
+            pre=options.pre,
+            post=options.post,
+        )
 
     def commit(self, point: Point, sets: LinkSets) -> None:
         """The receiver is there: the link follows, then what it no longer has to ship goes."""
@@ -264,6 +280,12 @@ class Round(ABC):
         crash.point("commit-sets")
 
 
+def _tell(frozen: list[Freeze], observer: Observer) -> None:
+    for freeze in frozen:
+        for warning in freeze.warnings:
+            observer.warn(warning)
+
+
 def judge(
     what: str,
     copied: Copied,
@@ -271,10 +293,10 @@ def judge(
     receiver: object,
     options: Options,
     *,
-    in_place: bool = False,
+    kept: str = "",
 ) -> None:
-    """An incomplete copy is no point: say what is missing."""
-    kept = "the rest is kept" if in_place else "the replica is at its point"
+    """An incomplete copy is no point: say what is missing, and what became of the receiver."""
+    kept = f"{kept}; " if kept else ""
     if len(copied.failed):
         places = extent.to_list(copied.failed)
         shown = ", ".join(str(place) for place in places[:4])
@@ -282,11 +304,11 @@ def judge(
         raise CopyFailed(
             f"{path} could not be read at {shown}{more} "
             f"({format_size(extent.total(copied.failed))})",
-            hint=f"{kept}; these extents stay pending: check the disk, try again",
+            hint=f"{kept}these extents stay pending: check the disk, try again",
         )
     if copied.interrupted:
         raise Interrupted(
             f"{what} of {path} and {receiver} was interrupted",
             signum=options.signum,
-            hint=f"{kept}: run it again to go on",
+            hint=f"{kept}run it again to go on",
         )

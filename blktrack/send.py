@@ -72,7 +72,8 @@ class Stream(Round):
         writer = DeltaWriter(self.file, self._header(plan), level=self.level)
         crash.point("send-begun")
         end = DeltaEnd("the stream", writer)
-        shipped = self.capture(plan, sets, observer, end, in_place=False, blank=False)
+        kept = "nothing is committed"
+        shipped = self.capture(plan, sets, observer, end, kept=kept)
         link = self.link
         link.sent = [*link.sent, shipped.point][-_MOST_SENT:]
         link.settles = True

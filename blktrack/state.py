@@ -23,11 +23,13 @@ replaced in one step, so a process may die between any two stores. What is then 
   change places in one step. Died before: shipped from both, once.
 - fill: all bits of `shipping` are set, `pending` is cleared, LINK.json says so. Died before the
   last: more is shipped than had to be, and filled again.
-- ship in place, a full copy, a resync, or an increment that cannot be staged: the replica's record
-  says between two points, data, flush, bits of `shipping` are cleared. Died before the last:
-  shipped again.
+- ship, a full copy or a resync: the replica's record says between two points, data, flush, bits of
+  `shipping` are cleared. Died before the last: shipped again.
 - ship, an increment: staged, sealed, applied; no bit is cleared before the commit. Died before the
   seal: the replica is as it was. After: its next user finishes it.
+- ship, an increment in place: the replica's record says half-way from its point, data, flush; no
+  bit is cleared before the commit. Died before that: all of it is shipped again, into what was
+  written of it as into a replica that was restored to that point.
 - commit: the replica's record says its point, LINK.json has the cursor, `shipping` is cleared. Died
   before the second: the replica is ahead of its link, which follows it. Before the last: shipped
   again.

@@ -7,17 +7,21 @@ of a swap.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from blktrack import crash, extent
 from blktrack.durable import lock
+from blktrack.errors import Interrupted, NoPoint, Refused
 from blktrack.quiesce.find import devices_below
 from blktrack.report import SyncReport
 from blktrack.round import Observer, Options, Plan, Round, Shipped
+from blktrack.ship.apply import ApplyStopped
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
+from blktrack.ship.room import room
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.status import resync_reason
@@ -31,26 +35,10 @@ def sync(
 ) -> tuple[SyncReport, Shipped]:
     """Bring the replica at `target` to a point of the device at `path`."""
     begun = time.monotonic()
-    state, device = find(store, path)
-    known = _find_link(store, state.id, target)
-    with Replica.open(
-        target,
-        source=device,
-        link=known.id if known else None,
-        paths=store.paths,
-        force=options.force,
-    ) as replica:
-        # Read anew: whoever had the replica until now may have moved the cursor.
-        link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
-        current = Replication(store, device, state.id, link, options, replica)
-        with lock(store.link_lock(state.id, link.id), what=f"the link to {target}"):
-            try:
-                plan, shipped = _ship(current, observer)
-            except Gap:
-                # It came while the source was read: a new generation, and a resync, in one go. A
-                # source that has grown is no gap to another round, but may be too large by now.
-                replica.check_room()
-                plan, shipped = _ship(current, observer)
+    try:
+        plan, shipped = _bring(store, path, target, options, observer)
+    except ApplyStopped as error:
+        raise Interrupted(str(error), signum=options.signum, hint=error.hint) from error
     report = SyncReport(
         mode=plan.mode,
         reason=plan.reason,
@@ -67,6 +55,32 @@ def sync(
         duration_s=time.monotonic() - begun,
     )
     return report, shipped
+
+
+def _bring(
+    store: Store, path: str, target: str, options: Options, observer: Observer
+) -> tuple[Plan, Shipped]:
+    state, device = find(store, path)
+    known = _find_link(store, state.id, target)
+    with Replica.open(
+        target,
+        source=device,
+        link=known.id if known else None,
+        paths=store.paths,
+        force=options.force,
+        stop=options.stop,
+    ) as replica:
+        # Read anew: whoever had the replica until now may have moved the cursor.
+        link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
+        current = Replication(store, device, state.id, link, options, replica)
+        with lock(store.link_lock(state.id, link.id), what=f"the link to {target}"):
+            try:
+                return _ship(current, observer)
+            except Gap:
+                # It came while the source was read: a new generation, and a resync, in one go. A
+                # source that has grown is no gap to another round, but may be too large by now.
+                replica.check_room()
+                return _ship(current, observer)
 
 
 def _ship(current: Replication, observer: Observer) -> tuple[Plan, Shipped]:
@@ -143,39 +157,56 @@ class Replication(Round):
     def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
         """Capture the planned extents, and bring the replica to the point that was reached.
 
-        An increment is staged beside the replica and applied as a whole, if it can be; a full copy
-        or a resync, which have no point to protect, go straight into it.
+        An increment is staged beside the replica and applied as a whole; a full copy or a resync,
+        which have no point to protect, go straight into it. So does an increment that cannot be
+        staged. No bit of it is cleared before the commit: all that a replica
+        at its old point lacks stays pending, whether it is restored to it or left half-way from it.
         """
         crash.point("ship-planned")
+        increment, replica = plan.mode == "incremental", self.replica
         if plan.mode == "nothing":
-            shipped = self._in_place(plan, sets, observer)
-        elif plan.mode == "incremental" and self._can_stage:
-            stage = self.replica.stage()
-            try:
-                shipped = self.capture(plan, sets, observer, stage.end, in_place=False, blank=False)
+            shipped = self.capture(plan, sets, observer, replica.end)
+            replica.commit(shipped.point)
+        elif increment and self._can_stage:
+            with self._room(plan, observer), replica.stage() as stage:
+                shipped = self.capture(plan, sets, observer, stage.end)
                 stage.seal(shipped.read, shipped.point)
-            except BaseException:
-                stage.drop()
-                raise
-            self.replica.apply(stage)
+                observer.phase("apply", extent.total(shipped.read))
+                replica.apply(stage, observer.done, self.options.stop)
         else:
-            state = State.APPLYING if plan.mode == "incremental" else State.UNFINISHED
-            self.replica.begin(state, plan.swap.generation)
+            replica.begin(State.APPLYING if increment else State.UNFINISHED, plan.swap.generation)
             crash.point("ship-begun")
-            shipped = self._in_place(plan, sets, observer)
+            try:
+                shipped = self.capture(
+                    plan,
+                    sets,
+                    observer,
+                    replica.end,
+                    forget=not increment,
+                    blank=replica.blank,
+                    kept="the replica is unfinished",
+                )
+            except (NoPoint, Refused) as error:
+                error.hint += "; until then the replica, written in place, is at no point"
+                raise
+            replica.commit(shipped.point)
         return shipped
 
     @property
     def _can_stage(self) -> bool:
-        """Not on the source itself: what is staged there would be part of the next increment, which
-        would grow until it fills the source. Nor for a replica that is on its way to a point."""
-        ready = self.replica.existing_state is State.READY
-        return ready and self.device.number not in devices_below(self.replica.folder)
+        """Unless it is asked not to, or the replica is on its way to a point already. Nor on the
+        source itself: what is staged there would be part of the next increment, which would grow
+        until it fills the source."""
+        if self.options.in_place or self.replica.existing_state is not State.READY:
+            return False
+        return self.device.number not in devices_below(self.replica.folder)
 
-    def _in_place(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
-        replica = self.replica
-        shipped = self.capture(
-            plan, sets, observer, replica.end, in_place=True, blank=replica.blank
+    def _room(self, plan: Plan, observer: Observer) -> AbstractContextManager[None]:
+        return room(
+            self.replica.folder,
+            self.device.path,
+            plan.extents,
+            stop=self.options.stop,
+            limit=self.options.limit,
+            progress=observer.done,
         )
-        replica.commit(shipped.point)
-        return shipped

@@ -234,9 +234,15 @@ class Lab:
 class Silent:
     """An observer of syncs who says nothing."""
 
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
     def phase(self, name: str, total: int) -> None: ...
 
     def done(self, count: int) -> None: ...
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 _TOLD: list[str] = []

@@ -174,6 +174,9 @@ class Campaign:
     def incremental(self, strike: Strike) -> None:
         strike("sync", self.device, self._target())
 
+    def in_place(self, strike: Strike) -> None:
+        strike("sync", self.device, self._target(), "--in-place")
+
     def twice(self, strike: Strike) -> None:
         """The sync that finishes what a dead one began dies as well."""
         target = self._target()
@@ -382,6 +385,7 @@ class Campaign:
 
 SYNCS: tuple[Situation, ...] = (
     Campaign.incremental,
+    Campaign.in_place,
     Campaign.twice,
     Campaign.full,
     Campaign.repair,

@@ -7,7 +7,11 @@ the file then fails like a disk does:
     with FaultFile(folder, size) as fault:
         fault.fail(reads=[(8192, 4096)], writes=[(0, 512)])
 
-The ranges of (start, length) hold from the return of fail() on; nothing else ever fails.
+With a `device` it is mounted as a file system on that (fuseblk), as ntfs-3g is: one that cannot be
+frozen. It keeps nothing there.
+
+The ranges of (start, length) hold from the return of fail() on; nothing else ever fails. After
+hold() the next write waits until release(), and with it whoever waits for it, or for any other.
 """
 
 from __future__ import annotations
@@ -48,17 +52,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class FaultFile:
     """The test's side: mounts in `folder`, serves until the end of the context."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self._mount = folder / "fault"
+    def __init__(self, folder: Path, size: int, device: str = "") -> None:
+        self._device = device
+        self.mount = folder / "fault"
         self.backing = folder / "fault.backing"
-        self.path = self._mount / "disk"
+        self.path = self.mount / "disk"
         with self.backing.open("xb") as made:
             made.truncate(size)
-        self._mount.mkdir()
+        self.mount.mkdir()
 
     def __enter__(self) -> Self:
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(self._mount), str(self.backing)],
+            [sys.executable, __file__, str(self.mount), str(self.backing), self._device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -68,10 +73,29 @@ class FaultFile:
 
     def fail(self, *, reads: Ranges | None = None, writes: Ranges | None = None) -> None:
         """Let these ranges fail with EIO from now on, and no others."""
-        assert self._server.stdin
-        self._server.stdin.write(json.dumps({"reads": reads or [], "writes": writes or []}) + "\n")
-        self._server.stdin.flush()
+        self._tell({"reads": reads or [], "writes": writes or []})
         self._answer()
+
+    def hold(self) -> None:
+        """Let the next write wait."""
+        self._tell("hold")
+        self._answer()
+
+    def until_held(self) -> None:
+        """Wait until a write does."""
+        assert self._server.stdout
+        ready, _, _ = select.select([self._server.stdout], [], [], 60)
+        assert ready, "nothing was written"
+        assert self._server.stdout.readline() == "held\n"
+
+    def release(self) -> None:
+        self._tell("release")
+        self._answer()
+
+    def _tell(self, words: object) -> None:
+        assert self._server.stdin
+        self._server.stdin.write(json.dumps(words) + "\n")
+        self._server.stdin.flush()
 
     def _answer(self) -> None:
         assert self._server.stdout
@@ -83,18 +107,20 @@ class FaultFile:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _libc.umount2(os.fsencode(self._mount), MNT_DETACH)
+        _libc.umount2(os.fsencode(self.mount), MNT_DETACH)
         self._server.kill()
         self._server.communicate()
 
 
 class Server:
-    def __init__(self, mount: str, backing: str) -> None:
+    def __init__(self, mount: str, backing: str, device: str) -> None:
         self._file = os.open(backing, os.O_RDWR)
         self._faults: dict[str, Ranges] = {"reads": [], "writes": []}
+        self._holds = self._ended = False
         self._fuse = os.open("/dev/fuse", os.O_RDWR)
         options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other"
-        if _libc.mount(b"faultfs", os.fsencode(mount), b"fuse.faultfs", 0, options.encode()):
+        source, kind = (device, b"fuseblk") if device else ("faultfs", b"fuse.faultfs")
+        if _libc.mount(os.fsencode(source), os.fsencode(mount), kind, 0, options.encode()):
             raise OSError(ctypes.get_errno(), "mount")
         self._handlers: dict[int, Callable[[int, memoryview], bytes]] = {
             INIT: self._init,
@@ -116,11 +142,9 @@ class Server:
         while True:
             ready, _, _ = select.select([self._fuse, sys.stdin], [], [])
             if sys.stdin in ready:
-                line = sys.stdin.readline()
-                if not line:
+                self._obey()
+                if self._ended:
                     return
-                self._faults = json.loads(line)
-                print("ok", flush=True)
             if self._fuse in ready:
                 try:
                     count = os.readv(self._fuse, [request])
@@ -129,6 +153,16 @@ class Server:
                         return
                     continue
                 self._handle(request[:count])
+
+    def _obey(self) -> None:
+        line = sys.stdin.readline()
+        self._ended = not line
+        match json.loads(line or '"release"'):
+            case str(word):
+                self._holds = word == "hold"
+            case faults:
+                self._faults = faults
+        print("ok", flush=True)
 
     def _handle(self, request: memoryview) -> None:
         _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
@@ -193,6 +227,10 @@ class Server:
 
     def _write(self, node: int, body: memoryview) -> bytes:
         _, offset, size = struct.unpack_from("QQI", body)
+        if self._holds:
+            print("held", flush=True)
+        while self._holds:
+            self._obey()
         self._check("writes", offset, size)
         return struct.pack("II", os.pwrite(self._file, body[40 : 40 + size], offset), 0)
 

@@ -47,6 +47,7 @@ FLOORS = {
     "ship.replica": 3,
     "ship.receive": 4,
     "ship.tell": 4,
+    "ship.room": 3,
     "tracker": 3,
     "doctor": 3,
     "quiesce": 3,

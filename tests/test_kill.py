@@ -199,10 +199,10 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
     ),
     "what is to ship is forgotten before it is written": (
         "sync.py",
-        "\n            stage = self.replica.stage()\n",
+        "\n            with self._room(plan, observer), replica.stage() as stage:\n",
         "\n            sets.all_shipped()\n"
         '            crash.point("mutant")\n'
-        "            stage = self.replica.stage()\n",
+        "            with self._room(plan, observer), replica.stage() as stage:\n",
         Campaign.incremental,
         "mutant",
         "stale",

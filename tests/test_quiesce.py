@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +73,7 @@ class Mounted:
         self.device = BlockDevice.find(self.path)
 
     def freeze(self, **options: Any) -> Freeze:
-        return Freeze(self.device, file_systems(self.device), **options)
+        return Freeze(self.device, functools.partial(file_systems, self.device), **options)
 
     @property
     def writes(self) -> int:
@@ -135,6 +135,20 @@ class Load:
             if thread.is_alive():
                 let_go(self.folder)
                 thread.join()
+
+
+def is_frozen(point: Path) -> bool:
+    fd = os.open(point, os.O_RDONLY)
+    try:
+        linux.freeze(fd)
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return True
+    else:
+        linux.thaw(fd)
+        return False
+    finally:
+        os.close(fd)
 
 
 def assert_thawed(mounted: Mounted) -> None:
@@ -203,7 +217,9 @@ def test_how_long_it_takes(lab: Lab, kind: str) -> None:
 def test_without_file_systems_only_hooks_run(lab: Lab) -> None:
     device = BlockDevice.find(lab.loop(MIB))
     log = lab.name("log")
-    with Freeze(device, file_systems(device), pre=[f"echo pre >> {log}"]) as freeze:
+    with Freeze(
+        device, functools.partial(file_systems, device), pre=[f"echo pre >> {log}"]
+    ) as freeze:
         assert log.read_text() == "pre\n"
     assert freeze.seconds == 0
 
@@ -275,13 +291,13 @@ def test_somebody_else_thaws(ext4: Mounted) -> None:
 
 
 CHILD = """
-import sys, time
+import functools, sys, time
 from blktrack.quiesce.find import file_systems
 from blktrack.quiesce.freeze import Freeze
 from blktrack.sysfs import BlockDevice
 device = BlockDevice.find(sys.argv[1])
 while True:
-    with Freeze(device, file_systems(device), cap=float(sys.argv[2])):
+    with Freeze(device, functools.partial(file_systems, device), cap=float(sys.argv[2])):
         print("frozen", flush=True)
         time.sleep(float(sys.argv[3]))
 """
@@ -463,7 +479,7 @@ def test_gives_up_waiting_for_another_freeze(lab: Lab, ext4: Mounted) -> None:
     first = Mounted(lab)
     both = [*file_systems(ext4.device), *file_systems(first.device)]
     with ext4.frozen_by_another() as thaw:
-        not_entered(Freeze(ext4.device, both, cap=0.3), NoPoint, "frozen by somebody else")
+        not_entered(Freeze(ext4.device, lambda: both, cap=0.3), NoPoint, "frozen by somebody else")
         thaw()  # it still was
     for one in (ext4, first):
         assert_thawed(one)
@@ -484,7 +500,7 @@ def test_one_in_a_file_of_another(ext4: Mounted, nested: Mounted) -> None:
     assert [one.points for one in file_systems(ext4.device)] == [(ext4.point,)]
     both = [*file_systems(ext4.device), *file_systems(nested.device)]
     with Load(nested.point) as load:
-        with Freeze(ext4.device, both):
+        with Freeze(ext4.device, lambda: both):
             before = ext4.writes
             time.sleep(0.1)
             assert ext4.writes == before
@@ -493,7 +509,7 @@ def test_one_in_a_file_of_another(ext4: Mounted, nested: Mounted) -> None:
 
 def test_the_wrong_order_ends_at_the_cap(ext4: Mounted, nested: Mounted) -> None:
     both = [*file_systems(nested.device), *file_systems(ext4.device)]
-    freeze = Freeze(ext4.device, both, cap=0.5)
+    freeze = Freeze(ext4.device, lambda: both, cap=0.5)
     with Load(nested.point) as load:
         not_entered(freeze, FreezeExpired, r"longer than the 0\.5 s")
         load.goes_on()
@@ -506,9 +522,115 @@ def test_one_that_cannot_be_frozen(lab: Lab, ext4: Mounted) -> None:
     point = lab.stack.enter_context(lab.mounted("tmpfs", "-t", "tmpfs"))
     (found,) = [m for m in sysfs.mounts() if m.point == point]
     memory = FileSystem(found.number, "tmpfs", (point,), frozenset())
-    freeze = Freeze(ext4.device, [memory, *file_systems(ext4.device)])
-    not_entered(freeze, Refused, r"tmpfs .* cannot be frozen: Operation not supported")
+
+    def both() -> list[FileSystem]:
+        return [memory, *file_systems(ext4.device)]
+
+    freeze = Freeze(ext4.device, both)
+    error = not_entered(freeze, Refused, r"tmpfs .* cannot be frozen: Operation not supported")
+    assert f"remount,ro {point}'" in error.hint
     assert_thawed(ext4)
+    with Load(ext4.point), Freeze(ext4.device, both, lenient=True) as freeze:
+        assert freeze.unfrozen == [memory]
+        before = ext4.writes
+        time.sleep(0.1)
+        assert ext4.writes == before
+    assert freeze.seconds > 0.1
+    assert_thawed(ext4)
+    with Freeze(ext4.device, lambda: [memory], lenient=True) as freeze:
+        (point / "file").write_text("x")
+    assert freeze.seconds == 0
+
+
+# Mounted meanwhile
+
+
+class Mounting:
+    """Lists the file systems of a disk with two partitions, and mounts one of them after some."""
+
+    def __init__(self, lab: Lab, at: Sequence[int]) -> None:
+        disk = lab.loop(2 * SIZE)
+        self.parts = [lab.partition(disk, n, (n - 1) * SIZE, SIZE) for n in (1, 2)]
+        for part in self.parts:
+            make_filesystem(part, "ext4")
+        self.first = mount(lab, self.parts[0])
+        self.lab, self.at, self.device = lab, at, BlockDevice.find(disk)
+        self.listings = 0
+        self.other = lab.name("mount")
+        self.other.mkdir()
+
+    def __call__(self) -> list[FileSystem]:
+        found = file_systems(self.device)
+        self.listings += 1
+        if self.listings in self.at:
+            self.mount()
+        return found
+
+    def mount(self) -> None:
+        run("mount", self.parts[1], self.other)
+        self.lab.stack.callback(run, "umount", self.other)
+
+    def assert_thawed(self) -> None:
+        assert not is_frozen(self.first) and not is_frozen(self.other)
+
+
+def test_a_mount_by_a_pre_hook(lab: Lab) -> None:
+    disk = Mounting(lab, at=())
+    pre = [f"mount {disk.parts[1]} {disk.other}"]
+    with Freeze(disk.device, disk, pre=pre, post=[f"umount {disk.other}"]) as freeze:
+        assert {one.points[0] for one in freeze.file_systems} == {disk.first, disk.other}
+        assert is_frozen(disk.first) and is_frozen(disk.other)
+    assert freeze.warnings == []
+    (left,) = file_systems(disk.device)
+    assert left.points == (disk.first,)
+
+
+def test_a_mount_after_the_listing(lab: Lab) -> None:
+    """It is found once the first is frozen, and then both are."""
+    disk = Mounting(lab, at=[1])
+    log = lab.name("log")
+    with Freeze(disk.device, disk, post=[f"echo post >> {log}"]) as freeze:
+        assert {one.points[0] for one in freeze.file_systems} == {disk.first, disk.other}
+        assert is_frozen(disk.first) and is_frozen(disk.other)
+        assert not log.exists()
+    assert disk.listings == 5  # before and under the first freeze and the second, and after
+    assert log.read_text() == "post\n"
+    disk.assert_thawed()
+
+
+def test_mounts_without_end(lab: Lab) -> None:
+    disk = Mounting(lab, at=())
+    disk.mount()
+
+    def listing() -> list[FileSystem]:
+        """As if it were unmounted under each freeze, and mounted again before the next."""
+        found = disk()
+        return (
+            found if disk.listings % 2 == 0 else [one for one in found if disk.first in one.points]
+        )
+
+    freeze = Freeze(disk.device, listing)
+    not_entered(freeze, NoPoint, f"not frozen: the ext4 at {disk.other}")
+    assert disk.listings == 4
+    disk.assert_thawed()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_mount_under_the_freeze(lab: Lab, frozen: bool) -> None:
+    """Where nothing was mounted, and so nothing frozen, too."""
+    disk = Mounting(lab, at=())
+    log = lab.name("log")
+    with contextlib.ExitStack() as stack:
+        if not frozen:
+            device = BlockDevice.find(disk.parts[1])
+            freeze = Freeze(device, functools.partial(file_systems, device))
+        else:
+            freeze = Freeze(disk.device, disk, post=[f"echo post >> {log}"])
+        stack.enter_context(pytest.raises(NoPoint, match=f"the ext4 at {disk.other}"))
+        stack.enter_context(freeze)
+        disk.mount()
+    assert log.exists() == frozen
+    disk.assert_thawed()
 
 
 # What is written to meanwhile
@@ -540,8 +662,9 @@ def test_disk_and_partitions(lab: Lab) -> None:
         (found,) = file_systems(part.device)
         assert (found.kind, found.points) == ("ext4", (part.point,))
     whole = BlockDevice.find(disk)
+    listing = functools.partial(file_systems, whole)
     assert [one.points[0] for one in file_systems(whole)] == [part.point for part in parts]
-    with Load(parts[0].point), Load(parts[1].point), Freeze(whole, file_systems(whole)):
+    with Load(parts[0].point), Load(parts[1].point), Freeze(whole, listing):
         before = [part.writes for part in parts]
         time.sleep(0.1)
         assert [part.writes for part in parts] == before
@@ -582,7 +705,7 @@ def test_read_only(lab: Lab) -> None:
         # The mount is, the file system is not.
         run("mount", "-o", "remount,bind,ro", point)
         assert [one.points for one in file_systems(device)] == [(point,)]
-        with Freeze(device, file_systems(device)) as freeze:
+        with Freeze(device, functools.partial(file_systems, device)) as freeze:
             pass
         assert freeze.seconds > 0
 

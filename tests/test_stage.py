@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from blktrack import extent, linux
 from blktrack.errors import BlktrackError, Busy, CopyFailed, Refused
 from blktrack.extent import ExtentArray, from_pairs
-from blktrack.ship.apply import finish
+from blktrack.ship.apply import ApplyStopped, finish
 from blktrack.ship.copy import Copied, copy
 from blktrack.ship.endpoint import open_end
 from blktrack.ship.header import Header, StageDamaged
@@ -29,11 +30,12 @@ from blktrack.ship.place import inspect
 from blktrack.ship.record import Record, State
 from blktrack.ship.replica import Replica
 from blktrack.ship.stage import Stage, is_left
+from blktrack.sysfs import BlockDevice
 from blktrack.units import KIB, MIB
 from tests.blockdev import flush, told
 from tests.crash_points import crash_points
 from tests.loopdev import Disks, disks_in_memory
-from tests.stager import TOP, Order, Stager, bring, open_replica, point
+from tests.stager import LINK, TOP, Order, Stager, bring, open_replica, point
 from tests.test_copy import content, image, patched, random_extents, whole
 
 pytestmark = pytest.mark.needs("root", "loop")
@@ -409,7 +411,7 @@ def test_death_for_long(disks: Disks, seed: int, kind: str) -> None:
 
 APPLY = "ship/apply.py"
 LEAVE = "    place.leave(stage.link, source, State.APPLYING, stage.base, stage.point)\n"
-BRING = "    _bring(place, stage, progress)\n"
+BRING = "    _bring(place, stage, progress, stop or threading.Event())\n"
 ARRIVE = "    place.arrive(stage.link, source, stage.point)\n"
 # Steps in a wrong order: file, text, text that replaces it, where it dies.
 BREAKAGES = {
@@ -529,6 +531,51 @@ def test_what_may_be_staged_when(disks: Disks, seed: int) -> None:
         replica.begin(State.UNFINISHED, "generation-1")
         with pytest.raises(ValueError, match="no point"):
             replica.stage()
+
+
+@every_kind
+def test_a_stop_while_it_is_applied(disks: Disks, seed: int, kind: str) -> None:
+    """Before the first block, and as often as one likes; then all of it is done."""
+    lab = Lab(disks, kind, seed)
+    new = lab.change(extents=from_pairs([(0, 4 * MIB), (5 * MIB, MIB)]))
+    stop = threading.Event()
+    stop.set()
+    caught = pytest.raises(ApplyStopped, match="interrupted")
+    with lab.open() as replica, lab.staged(replica) as stage, caught as error:
+        replica.apply(stage, stop=stop)
+    assert "the next sync finishes that first" in error.value.hint
+    assert lab.holds(lab.old), "nothing was to be begun any more"
+    source = BlockDevice.find(str(lab.source))
+    for _ in range(2):
+        record = lab.record()
+        assert (record.state, record.point, record.next) == (State.APPLYING, point(0), point(1))
+        with pytest.raises(ApplyStopped):
+            Replica.open(
+                str(lab.target), source=source, link=LINK, paths=lab.order.paths, stop=stop
+            )
+    stop.clear()
+    with lab.open() as replica:
+        assert replica.finished == point(1)
+    assert lab.has_settled() == 1
+    assert lab.holds(new)
+
+
+@some_kinds
+def test_a_stop_in_the_middle_of_it(disks: Disks, seed: int, kind: str) -> None:
+    size = 64 * MIB
+    lab = Lab(disks, kind, seed, size)
+    new = lab.change(extents=from_pairs([(0, size)]))
+    stop = threading.Event()
+
+    def progress(count: int) -> None:
+        if count:
+            stop.set()
+
+    with lab.open() as replica, lab.staged(replica) as stage, pytest.raises(ApplyStopped):
+        replica.apply(stage, progress, stop)
+    assert not lab.holds(lab.old) and not lab.holds(new)
+    assert lab.has_settled() == 1
+    assert lab.holds(new)
 
 
 def test_finish_without_the_source(disks: Disks, seed: int) -> None:

@@ -39,29 +39,6 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
-def add_capture(parser: argparse.ArgumentParser) -> None:
-    """How a device is read that is being written."""
-    parser.add_argument(
-        "--consistency",
-        choices=["none", "crash", "filesystem"],
-        default="crash",
-        help="what a point must be: crash, a state that pulling the plug could have left "
-        "(default); filesystem, one that mounts cleanly, by a short freeze; none, whatever was "
-        "read while writes went on",
-    )
-    parser.add_argument(
-        "--no-freeze",
-        action="store_true",
-        help="never freeze file systems for a crash point that is not to be had without",
-    )
-
-
-def capture_options(args: argparse.Namespace) -> Options:
-    from blktrack.round import Options
-
-    return Options(consistency=args.consistency, freeze=not args.no_freeze)
-
-
 def size(text: str) -> int:
     """argparse type: a size or a rate, at least 1 byte."""
     try:

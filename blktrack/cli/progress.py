@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ _LINE_EVERY = 10.0
 
 
 class Watcher:
-    """An Observer. With `quiet` it shows nothing."""
+    """An Observer. With `quiet` it shows nothing but warnings."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -29,6 +30,8 @@ class Watcher:
     def phase(self, name: str, total: int) -> None:
         self._name, self._total = name, total
         self._begun = self._last = time.monotonic()
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=total, description=name)
 
     def done(self, count: int) -> None:
         now = time.monotonic()
@@ -41,6 +44,11 @@ class Watcher:
         elif now - self._last >= _LINE_EVERY:
             self._last = now
             print(self._line(count, now - self._begun), file=sys.stderr, flush=True)
+
+    def warn(self, message: str) -> None:
+        self.close()
+        with contextlib.suppress(OSError):
+            print(f"blktrack: warning: {message}", file=sys.stderr, flush=True)
 
     def _line(self, count: int, elapsed: float) -> str:
         left = (self._total - count) * elapsed / count if count else 0.0

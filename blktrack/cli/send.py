@@ -15,11 +15,10 @@ import json
 import os
 import sys
 
+from blktrack.cli.capture import add_capture, capture_options
 from blktrack.cli.common import (
-    add_capture,
     add_json,
     add_quiet,
-    capture_options,
     emit,
     instant,
     size,
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             hint="blktrack send ... | blktrack recv TARGET, or blktrack send ... > FILE",
         )
     options = capture_options(args)
-    options.full, options.no_resync, options.limit = args.full, args.no_resync, args.limit
+    options.full, options.no_resync = args.full, args.no_resync
     with (
         Watcher(quiet=args.quiet) as watcher,
         stoppable(options),

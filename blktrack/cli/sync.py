@@ -3,17 +3,18 @@ changed, after a doubt by comparing.
 
   blktrack sync /dev/sdb /backup/sdb.img
   blktrack sync /dev/vg0/data /dev/vg1/data --limit 50M --quiet
+  blktrack sync /dev/sdb /backup/sdb.img --consistency filesystem \\
+      --pre-freeze 'mydb --hold' --post-freeze 'mydb --go-on'
 """
 
 from __future__ import annotations
 
 import argparse
 
+from blktrack.cli.capture import add_capture, capture_options
 from blktrack.cli.common import (
-    add_capture,
     add_json,
     add_quiet,
-    capture_options,
     emit,
     instant,
     size,
@@ -38,6 +39,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="overwrite a target that holds something else"
     )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="write an increment straight into the replica, where there is no room to stage it "
+        "beside: it is at no point until that has ended, in this or a later sync",
+    )
     add_capture(parser)
     add_json(parser)
     add_quiet(parser)
@@ -46,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     options = capture_options(args)
     options.full, options.force = args.full, args.force
-    options.no_resync, options.limit = args.no_resync, args.limit
+    options.no_resync, options.in_place = args.no_resync, args.in_place
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report, _ = sync(store(), args.device, args.target, options, watcher)
     if args.json:

@@ -156,17 +156,18 @@ def _devices_of(mount: Mount) -> set[Number]:
 def _mounts_elsewhere() -> Iterator[tuple[str, Mount]]:
     """Mounts in the namespaces and roots of other processes, each with a process that sees it."""
 
-    def view(process: Path) -> tuple[int, int, int]:
-        root = (process / "root").stat()
-        return (process / "ns/mnt").stat().st_ino, root.st_dev, root.st_ino
+    def view(pid: str) -> tuple[int, int, int]:
+        root = os.stat(f"{_PROC}/{pid}/root")
+        return os.stat(f"{_PROC}/{pid}/ns/mnt").st_ino, root.st_dev, root.st_ino
 
-    known = {view(_PROC / "self")}
-    for process in _PROC.glob("[0-9]*"):
+    # There may be thousands, and under a freeze writers wait for this: no Path for each.
+    known = {view("self")}
+    for pid in filter(str.isdigit, os.listdir(_PROC)):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if (seen := view(process)) not in known:
+            if (seen := view(pid)) not in known:
                 known.add(seen)
-                for mount in mounts(process / "mountinfo"):
-                    yield process.name, mount
+                for mount in mounts(_PROC / pid / "mountinfo"):
+                    yield pid, mount
 
 
 def _in_use_by(device: BlockDevice) -> str:

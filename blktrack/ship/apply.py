@@ -7,6 +7,8 @@ begins here. After the first the next touch does all of it again, from a stage t
 so it does not matter how far the dead one came. After the record is READY the stage leads from a
 point that the replica has left, and is dropped.
 
+It may take long, and a signal ends it: `stop` is such a death, only that it is told of.
+
 A stage goes only into the very bytes that it was made for. While the record is READY the replica's
 seal tells whether others wrote to it since; then the stage is dropped, and a resync is due.
 """
@@ -14,6 +16,7 @@ seal tells whether others wrote to it since; then the stage is dropped, and a re
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -37,13 +40,22 @@ from blktrack.units import format_size
 _WIDE = 1 << 20  # bytes of zeroes that are punched without a look
 
 
+class ApplyStopped(BlktrackError):
+    """`stop` was set before all of a stage was in the replica, whose next user goes on."""
+
+
 def apply(
-    place: Place, stage: Stage, source: Origin, progress: Callable[[int], None] | None = None
+    place: Place,
+    stage: Stage,
+    source: Origin,
+    *,
+    progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Bring the replica to the point of a sealed stage, and drop the stage.
 
-    CopyFailed where the replica cannot be written: it is to be done again. StageDamaged where the
-    pack cannot be read: only a resync helps.
+    ApplyStopped if `stop` was set meanwhile, CopyFailed where the replica cannot be written: it is
+    to be done again. StageDamaged where the pack cannot be read: only a resync helps.
     """
     assert stage.point is not None
     if not isinstance(place.end, FileEnd) and place.end.size < stage.size:
@@ -54,18 +66,20 @@ def apply(
         )
     source = replace(source, size=stage.size)
     place.leave(stage.link, source, State.APPLYING, stage.base, stage.point)
-    _bring(place, stage, progress)
+    _bring(place, stage, progress, stop or threading.Event())
     crash.point("apply-copied")
     place.arrive(stage.link, source, stage.point)
     crash.point("apply-done")
     stage.drop()
 
 
-def _bring(place: Place, stage: Stage, progress: Callable[[int], None] | None) -> None:
+def _bring(
+    place: Place, stage: Stage, progress: Callable[[int], None] | None, stop: threading.Event
+) -> None:
     index = stage.index
     every = int(index[:, 1].sum())
     if isinstance(place.end, FileEnd):
-        index = share(stage.file, place.end, index)
+        index = share(stage.file, place.end, index, stop)
     # Large zeroes need not be looked at on their way.
     wide = (index[:, 2] == ZERO) & (index[:, 1] >= _WIDE)
     for start, length, _ in index[wide].tolist():
@@ -79,19 +93,27 @@ def _bring(place: Place, stage: Stage, progress: Callable[[int], None] | None) -
         place.end,
         index[:, :2],
         progress=None if progress is None else lambda count: progress(done + count),
+        stop=stop,
     )
     if len(copied.failed):
         places = format_size(total(copied.failed))
         raise StageDamaged(place.folder, f"{places} of it cannot be read ({stage.file.path})")
+    if copied.interrupted:
+        raise ApplyStopped(
+            f"interrupted while an increment was brought into {place.target.name}",
+            hint="it is half in, and all of it is kept beside: the next sync finishes that first",
+        )
 
 
-def settle(place: Place, changed: str) -> tuple[Point | None, str]:
+def settle(
+    place: Place, changed: str, stop: threading.Event | None = None
+) -> tuple[Point | None, str]:
     """Finish what an earlier run sealed for a replica, or drop it where it does not fit.
 
     changed -- what happened to the replica since its record was written.
 
     The point that it was brought to by this, and why it is not what its record says: `changed`, or
-    that it was left between two points and cannot be finished.
+    that it was left between two points and cannot be finished. ApplyStopped.
     """
     record = place.record
     assert record is not None
@@ -110,7 +132,8 @@ def settle(place: Place, changed: str) -> tuple[Point | None, str]:
             assert stage.point is not None
             point = stage.point
             try:
-                apply(place, stage, replace(record.source, generation=point.generation))
+                source = replace(record.source, generation=point.generation)
+                apply(place, stage, source, stop=stop)
             except StageDamaged as error:
                 return None, f"{LOST}: {error.why}"
             return point, ""
@@ -129,6 +152,11 @@ def finish(name: str, paths: Paths) -> Record | None:
     target = Target.find(name)
     folder = folder_of(target, paths)
     seen = Record.read(folder / RECORD)
+    if seen is not None and seen.state is State.APPLYING and seen.next is None:
+        raise BlktrackError(
+            f"{name} is at no point: an increment that is written into it has not ended",
+            hint="run blktrack sync: it goes on with that",
+        )
     if seen is None or not target.exists or not (is_left(folder) or seen.next):
         return seen
     check_idle(target)

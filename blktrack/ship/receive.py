@@ -89,7 +89,7 @@ def _check_start(replica: Replica, header: Header) -> None:
     if replica.changed:
         raise Refused(f"{name} is not as it was left: {replica.changed}", hint=full)
     if record.state is not State.READY or record.point is None:
-        raise Refused(f"{name} is at no point: a full copy of it has not ended", hint=full)
+        raise Refused(f"{name} is at no point: what was written into it has not ended", hint=full)
     if record.point != base:
         at = record.point
         hint = full

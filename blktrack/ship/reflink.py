@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import numpy as np
 
@@ -28,11 +29,11 @@ LEAST = 256 << 10
 _PIECE = 1 << 30  # shared by one call
 
 
-def share(source: FileEnd, replica: FileEnd, index: Index) -> Index:
+def share(source: FileEnd, replica: FileEnd, index: Index, stop: threading.Event) -> Index:
     """Share what can be shared of the data in a pack; the rows that are left to be copied.
 
-    That is small extents, the ends of others that are no whole blocks, and all where there are no
-    reflinks. Durable after flush(). EndError.
+    That is small extents, the ends of others that are no whole blocks, all where there are no
+    reflinks, and what was not come to when `stop` was set. Durable after flush(). EndError.
     """
     unit = max(os.fstatvfs(replica.fileno()).f_bsize, linux.PAGE)
     start, end, shift = index[:, 0], index[:, 0] + index[:, 1], index[:, 2] - index[:, 0]
@@ -40,8 +41,8 @@ def share(source: FileEnd, replica: FileEnd, index: Index) -> Index:
     fits = (index[:, 2] != ZERO) & (shift % unit == 0)
     large = fits & (last - first >= max(LEAST, unit))
     done = 0
-    for begin, stop, away in np.stack([first, last, shift], axis=1)[large].tolist():
-        if not _share(source, replica, begin, stop, away):
+    for begin, until, away in np.stack([first, last, shift], axis=1)[large].tolist():
+        if stop.is_set() or not _share(source, replica, begin, until, away):
             break
         done += 1
     if not done:

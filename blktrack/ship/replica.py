@@ -12,7 +12,8 @@ A crash before the seal leaves the old point and nothing else; one after it leav
 finishes before anything else. So whoever opened a replica to write it has it at one point, the old
 or the new, unless `changed` says why not.
 
-Copies in place have no point to protect: initial ones and resyncs. `begin` records that the bytes
+Copies in place have no point to protect, as initial ones and resyncs, or are asked to give it up,
+as an increment for which there is no room beside the replica. `begin` records that the bytes
 are about to leave their point before the first of them does, and `commit` makes all bytes durable
 before it records the new point. So after a crash the record either names the point that the bytes
 are at, or says that they are at none (UNFINISHED) or between two (APPLYING). A file that was
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,6 +62,7 @@ class Replica:
         self._place = place
         self._source = source
         self._created = False  # by this run, and not begun yet
+        self._stop: threading.Event | None = None
         self._held = contextlib.ExitStack()
 
     @classmethod
@@ -72,6 +75,7 @@ class Replica:
         paths: Paths,
         force: bool = False,
         writable: bool = True,
+        stop: threading.Event | None = None,
     ) -> Self:
         """Take the target for a replica of `source`, or refuse it.
 
@@ -80,6 +84,7 @@ class Replica:
             found on the replica of this source goes on, as `changed`, or a new one is made.
         force -- take what holds other data, or belongs to another source or link.
         writable -- False: only to be read; nothing is created or claimed, and anything is read.
+        stop -- set it to end early the finishing of what an earlier run left: ApplyStopped.
 
         Raises Refused, Busy if another run has it, UsageError for a target that cannot be reached.
         """
@@ -94,7 +99,7 @@ class Replica:
             lock = lock_of(folder, paths)
             end, created = take(target, lock, held, size=source.size, writable=writable)
             replica = cls(Place(target, end, folder), source)
-            replica._created = created
+            replica._created, replica._stop = created, stop
             held.callback(replica._forget)
             replica._judge(link, force=force, writable=writable)
             replica._held = held.pop_all()
@@ -150,15 +155,19 @@ class Replica:
             raise ValueError("an increment has no point to start from")
         if self.changed:
             raise ValueError(f"an increment for a replica that {self.changed}")
-        folder = self._place.folder
-        return Stage.create(folder, self._source.size, link=self.link, base=record.point)
+        return Stage.create(self.folder, self._source.size, link=self.link, base=record.point)
 
-    def apply(self, stage: Stage, progress: Callable[[int], None] | None = None) -> None:
+    def apply(
+        self,
+        stage: Stage,
+        progress: Callable[[int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Bring the replica to the point of a sealed stage, and drop the stage.
 
         Refused if others wrote to the replica since it was at its point, as `changed` says then,
-        and the stage is dropped. After any other error, or a death, the next `open` goes on, but
-        after StageDamaged only a resync helps.
+        and the stage is dropped. After any other error, ApplyStopped if `stop` was set, or a death,
+        the next `open` goes on, but after StageDamaged only a resync helps.
         """
         record = self.record
         if record is None or stage.point is None or not stage.leads_from(record):
@@ -171,7 +180,8 @@ class Replica:
                 hint="run blktrack sync: it compares the replica with its source and repairs it",
             )
         try:
-            apply(self._place, stage, self._origin(stage.point.generation), progress)
+            source = self._origin(stage.point.generation)
+            apply(self._place, stage, source, progress=progress, stop=stop)
         except StageDamaged as error:
             self.changed = str(error)
             raise
@@ -180,7 +190,8 @@ class Replica:
         """Record, before the first write, that the replica leaves its point: call it once a run.
 
         UNFINISHED gives the point up, for an initial copy or a resync. APPLYING keeps it on record,
-        for an increment; ValueError if there is none.
+        for an increment in place: whoever has all that changed since that point may go on with it.
+        ValueError if there is none.
         """
         point = self.record.point if self.record and state is State.APPLYING else None
         if state is State.READY or (state is State.APPLYING and point is None):
@@ -251,7 +262,7 @@ class Replica:
     def _settle(self, record: Record) -> Record:
         """Finish or drop what an earlier run staged; the record then."""
         self._place.record = record
-        self.finished, self.changed = settle(self._place, self.changed)
+        self.finished, self.changed = settle(self._place, self.changed, self._stop)
         return self._place.record
 
     def _is_gone(self, seal: Seal, now: Seal) -> bool:

@@ -11,7 +11,7 @@ from blktrack.ship.record import State
 
 _NO_POINT = {
     State.UNFINISHED: "a full copy or a resync of it has not ended",
-    State.APPLYING: "it is between two points",
+    State.APPLYING: "an increment is half in it",
 }
 
 

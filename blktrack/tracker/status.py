@@ -13,6 +13,7 @@ from blktrack.errors import BlktrackError, UsageError
 from blktrack.point import Point
 from blktrack.report import DeviceStatus, ExtentsReport, LinkStatus, Past
 from blktrack.ship.place import inspect
+from blktrack.ship.record import State
 from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import doubt
@@ -107,8 +108,10 @@ def _link_status(
 ) -> LinkStatus:
     cursor = link.cursor
     reason = resync_reason(state, link)
-    if not reason and cursor is not None:
-        reason = _change(store, link, cursor)
+    state_of = "initial" if cursor is None else "resync" if reason else "ready"
+    if state_of == "ready" and cursor is not None:
+        state_of, reason = _look(store, link, cursor)
+    point = None if state_of == "unfinished" else cursor
     pending = None
     if tracking is not None and live is not None:
         found = _pending(tracking, link, live)
@@ -117,29 +120,32 @@ def _link_status(
         target=link.target,
         name=link.name,
         epoch=cursor.epoch if cursor else None,
-        point=cursor.time if cursor else None,
-        consistency=cursor.consistency if cursor else None,
-        lag_s=time.time() - cursor.time if cursor else None,
+        point=point.time if point else None,
+        consistency=point.consistency if point else None,
+        lag_s=time.time() - point.time if point else None,
         pending_bytes=pending,
-        state="initial" if cursor is None else "resync" if reason else "ready",
+        state=state_of,
         reason=reason,
         resyncs=_told(link.doubts),
     )
 
 
-def _change(store: Store, link: LinkState, cursor: Point) -> str:
-    """What seems to have happened to the replica since its last sync; of streams nobody knows."""
+def _look(store: Store, link: LinkState, cursor: Point) -> tuple[str, str]:
+    """State of a replica that was at `cursor`, and what seems to have happened to it since. Of
+    streams nobody knows."""
     if not link.target:
-        return ""
+        return "ready", ""
     try:
         record, change = inspect(link.target, store.paths)
     except BlktrackError as error:
-        return str(error)
+        return "resync", str(error)
     if change:
-        return f"the replica is not as it was left: {change}"
+        return "resync", f"the replica is not as it was left: {change}"
     if record is None or record.lacks(cursor):
-        return "the replica is not at the point that it was brought to"
-    return ""
+        return "resync", "the replica is not at the point that it was brought to"
+    if record.state is State.APPLYING:
+        return "unfinished", "an increment is half in it: the next sync goes on with that"
+    return "ready", ""
 
 
 def resync_reason(state: DeviceState, link: LinkState) -> str:

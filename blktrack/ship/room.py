@@ -1,0 +1,103 @@
+"""Whether an increment fits beside its replica, found out before the file system there is full.
+
+Others may need that file system, /var above all, so what cannot fit is not begun. How much is
+needed is not known from the extents: what reads as zero takes no room. Where they are more than
+what is free they are therefore read once to be counted, up to the byte that does not fit any more.
+What is counted is what direct I/O would write; nothing that could fit is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from blktrack.errors import CopyFailed
+from blktrack.extent import ExtentArray, total
+from blktrack.ship.copy import copy
+from blktrack.ship.endpoint import EndError, Endpoint, open_end
+from blktrack.units import format_size
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoRoom(CopyFailed):
+    """An increment does not fit beside its replica, which is as it was."""
+
+    def __init__(self, folder: Path, changed: int, free: int, why: str) -> None:
+        super().__init__(
+            f"no room in {folder} for an increment of {format_size(changed)}: {why}",
+            hint=f"free space there ({format_size(free)} of it is free), or run blktrack sync"
+            " --in-place: it needs none, but the replica is at no point until it ends",
+        )
+
+
+@contextlib.contextmanager
+def room(
+    folder: Path,
+    source: str,
+    extents: ExtentArray,
+    *,
+    stop: threading.Event,
+    limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[None]:
+    """Around the staging of `extents` in `folder`: NoRoom if it cannot come to an end there."""
+    free, changed = _free(folder), total(extents)
+    if free is not None and changed > free:
+        with open_end(source) as end:
+            counter = _Counter(end.size, free)
+            try:
+                copy(
+                    end,
+                    counter,
+                    extents,
+                    known_zero=True,
+                    stop=stop,
+                    limit=limit,
+                    progress=progress,
+                )
+            except EndError as error:
+                if error.path != counter.path:
+                    raise
+                why = f"more than {format_size(free)} of it is data"
+                raise NoRoom(folder, changed, free, why) from error
+    try:
+        yield
+    except EndError as error:
+        if error.errno in _FULL and Path(error.path).parent == folder:
+            raise NoRoom(folder, changed, free or 0, os.strerror(error.errno)) from error
+        raise
+
+
+def _free(folder: Path) -> int | None:
+    """Bytes that root can still write there; None where that is not told."""
+    while not folder.exists():
+        folder = folder.parent
+    info = os.statvfs(folder)
+    return info.f_bfree * info.f_frsize if info.f_blocks else None
+
+
+class _Counter(Endpoint):
+    """Takes so many bytes and keeps none."""
+
+    def __init__(self, size: int, room: int) -> None:
+        super().__init__("the count", size, 1)
+        self._left = room
+        self._lock = threading.Lock()
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        with self._lock:
+            self._left -= len(view)
+            if self._left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _read(self, view: memoryview, offset: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def _sync(self) -> None: ...
+
+    def close(self) -> None: ...
