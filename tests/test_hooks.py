@@ -119,7 +119,7 @@ def test_a_pre_hook_that_fails(pair: Pair) -> None:
     assert_clear(type(done)(done.code, done.out, rest), 4, "ended with code 7: busy")
     assert pair.said == [f"post post {pair.device}"]
     assert (read_image(pair.replica) == before).all()
-    assert not Path(f"{pair.replica}.blktrack/incoming.img").exists()
+    assert not Path(f"{pair.replica}.blktrack/incoming.pack").exists()
 
 
 def test_the_cap_of_the_command_line(pair: Pair) -> None:
