@@ -7,21 +7,20 @@ by the next round: see `state`.
 from __future__ import annotations
 
 import contextlib
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from blktrack import crash, extent
 from blktrack.capture import Source, capture
 from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
+from blktrack.options import Observer, Options
 from blktrack.point import Point
 from blktrack.quiesce.find import file_systems
-from blktrack.quiesce.freeze import CAP, Freeze
+from blktrack.quiesce.freeze import Freeze
 from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import Endpoint, open_end
 from blktrack.state import DeviceState, Doubt, LinkState, Store
@@ -31,36 +30,6 @@ from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.tracking import Gap, Swap, Tracking
 from blktrack.units import format_size
-
-
-class Observer(Protocol):
-    """Who watches a long operation."""
-
-    def phase(self, name: str, total: int) -> None:
-        """A phase of `total` bytes begins."""
-
-    def done(self, count: int) -> None:
-        """So many bytes of the phase are dealt with."""
-
-    def warn(self, message: str) -> None:
-        """Something went wrong that the operator has to see to, and the point is good."""
-
-
-@dataclass
-class Options:
-    full: bool = False  # ship everything
-    resync: str = ""  # compare everything, for this reason
-    no_resync: bool = False
-    force: bool = False
-    limit: int | None = None  # bytes of the source read per second
-    consistency: str = "crash"  # or none, or filesystem: what a point must be
-    in_place: bool = False  # an increment too goes straight into the replica
-    freeze: bool = True  # where rounds do not get smaller, a crash point may be taken under one
-    cap: float = CAP  # seconds that a freeze may last
-    pre: tuple[str, ...] = ()  # hooks, run before a freeze: for `filesystem` always, mounted or not
-    post: tuple[str, ...] = ()  # and after it, on every way out
-    stop: threading.Event = field(default_factory=threading.Event)
-    signum: int = 0  # set together with `stop`
 
 
 @dataclass(frozen=True)

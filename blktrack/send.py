@@ -17,9 +17,10 @@ from pathlib import Path
 from blktrack import crash, extent
 from blktrack.durable import lock
 from blktrack.errors import BlktrackError, Refused, UsageError
+from blktrack.options import Observer, Options
 from blktrack.point import Point
 from blktrack.report import CommitReport, SendReport
-from blktrack.round import Observer, Options, Plan, Round, Shipped
+from blktrack.round import Plan, Round, Shipped
 from blktrack.ship.delta import DeltaWriter, Header
 from blktrack.ship.delta.end import DeltaEnd
 from blktrack.ship.delta.pipe import Sink

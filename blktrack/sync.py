@@ -15,9 +15,10 @@ from pathlib import Path
 from blktrack import crash, extent
 from blktrack.durable import lock
 from blktrack.errors import Interrupted, NoPoint, Refused
+from blktrack.options import Observer, Options
 from blktrack.quiesce.find import devices_below
 from blktrack.report import SyncReport
-from blktrack.round import Observer, Options, Plan, Round, Shipped
+from blktrack.round import Plan, Round, Shipped
 from blktrack.ship.apply import ApplyStopped
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica

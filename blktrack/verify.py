@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from blktrack import extent
+from blktrack.options import Observer, Options
 from blktrack.report import VerifyReport
-from blktrack.round import Observer, Options, judge
+from blktrack.round import judge
 from blktrack.ship.apply import finish
 from blktrack.ship.copy import Mode, copy
 from blktrack.ship.endpoint import open_end

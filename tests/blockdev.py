@@ -30,8 +30,8 @@ from blktrack import bitmap, linux, sync
 from blktrack.bpf import abi, kernel
 from blktrack.config import Paths
 from blktrack.extent import ExtentArray
+from blktrack.options import Options
 from blktrack.report import SyncReport
-from blktrack.round import Options
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.tracker import status, tracker
 from blktrack.tracker.link import LinkSets

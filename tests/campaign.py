@@ -23,7 +23,7 @@ from pathlib import Path
 
 from blktrack import send
 from blktrack.config import Paths
-from blktrack.round import Options
+from blktrack.options import Options
 from blktrack.ship.receive import receive
 from blktrack.ship.tell import replica_status
 from blktrack.sysfs import BlockDevice

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from blktrack import send
 from blktrack.config import Paths
+from blktrack.options import Options
 from blktrack.report import RecvReport, ReplicaStatus, SendReport
-from blktrack.round import Options
 from blktrack.ship.receive import receive
 from blktrack.ship.tell import replica_status
 from tests import sectors

@@ -11,8 +11,8 @@ from blktrack.bpf import compile
 from blktrack.capture import Source
 from blktrack.errors import ResyncNeeded
 from blktrack.extent import ExtentArray
+from blktrack.options import Options
 from blktrack.report import SyncReport
-from blktrack.round import Options
 from blktrack.tracker.tracking import Swap
 from blktrack.units import KIB, MIB
 from tests import sectors

@@ -14,7 +14,7 @@ from blktrack.capture import Source
 from blktrack.cli import progress
 from blktrack.errors import Refused
 from blktrack.extent import ExtentArray
-from blktrack.round import Options
+from blktrack.options import Options
 from blktrack.ship.place import folder_of, inspect
 from blktrack.ship.record import State
 from blktrack.ship.stage import is_left

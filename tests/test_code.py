@@ -52,6 +52,7 @@ FLOORS = {
     "doctor": 3,
     "quiesce": 3,
     "capture": 4,
+    "options": 4,
     "round": 5,
     "sync": 6,
     "send": 6,

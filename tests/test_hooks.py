@@ -10,7 +10,7 @@ from blktrack import capture, sync
 from blktrack.capture import Source
 from blktrack.errors import NoPoint
 from blktrack.extent import ExtentArray
-from blktrack.round import Options
+from blktrack.options import Options
 from blktrack.tracker.tracking import Swap
 from blktrack.units import MIB
 from tests.background import assert_clear

@@ -25,8 +25,8 @@ import pytest
 from blktrack import capture, sync
 from blktrack.bpf.kernel import Kernel
 from blktrack.errors import NoPoint
+from blktrack.options import Options
 from blktrack.report import SyncReport
-from blktrack.round import Options
 from blktrack.tracker.tracking import Swap, Tracking
 from blktrack.units import MIB
 from tests import chains

@@ -12,7 +12,7 @@ import pytest
 from blktrack import capture, sync
 from blktrack.capture import Source
 from blktrack.errors import BlktrackError, NoPoint
-from blktrack.round import Options
+from blktrack.options import Options
 from blktrack.ship.apply import finish
 from blktrack.ship.place import folder_of
 from blktrack.ship.record import Record, State

@@ -16,7 +16,7 @@ import pytest
 
 from blktrack import send as sending
 from blktrack.errors import NoPoint
-from blktrack.round import Options
+from blktrack.options import Options
 from blktrack.ship.delta.format import MAGIC
 from blktrack.tracker.tracker import find
 from blktrack.units import KIB, MIB

@@ -10,9 +10,9 @@ from blktrack import capture, sync
 from blktrack.capture import Source
 from blktrack.errors import NoPoint
 from blktrack.extent import ExtentArray
+from blktrack.options import Options
 from blktrack.quiesce.find import file_systems
 from blktrack.report import SyncReport
-from blktrack.round import Options
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.tracking import Swap
 from blktrack.units import KIB, MIB

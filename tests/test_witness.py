@@ -15,8 +15,8 @@ import pytest
 
 from blktrack import capture, sync
 from blktrack.errors import NoPoint
+from blktrack.options import Options
 from blktrack.report import SyncReport
-from blktrack.round import Options
 from blktrack.units import MIB
 from tests.blockdev import Lab, Silent, run, told, wait_until
 from tests.chains import Log

@@ -6,8 +6,8 @@ import argparse
 import math
 
 from blktrack.errors import UsageError
+from blktrack.options import Options
 from blktrack.quiesce.freeze import CAP, CAP_MOST
-from blktrack.round import Options
 
 
 def add_capture(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from blktrack.state import Store
 from blktrack.units import parse_size
 
 if TYPE_CHECKING:
-    from blktrack.round import Options
+    from blktrack.options import Options
 
 
 def paths() -> Paths:

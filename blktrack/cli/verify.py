@@ -12,8 +12,8 @@ import argparse
 
 from blktrack.cli.common import add_json, add_quiet, emit, size, stoppable, store, target
 from blktrack.cli.progress import Watcher
+from blktrack.options import Options
 from blktrack.report import VerifyReport
-from blktrack.round import Options
 from blktrack.units import format_size
 from blktrack.verify import repair, verify
 
