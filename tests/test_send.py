@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import random
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from blktrack import send as sending
-from blktrack.errors import NoPoint
+from blktrack.errors import BlktrackError, NoPoint
 from blktrack.options import Options
 from blktrack.ship.delta.format import MAGIC
+from blktrack.ship.stage import is_left
 from blktrack.tracker.tracker import find
 from blktrack.units import KIB, MIB
 from tests.blockdev import TOP, Done, Lab, read_image, resize, run, told, wait_until, write_direct
@@ -270,6 +272,37 @@ def test_what_recv_refuses_changes_nothing(hosts: Hosts) -> None:
         assert hosts.replica() == before, name
         assert hosts.target.stat().st_mtime_ns == seen
     assert delta.startswith(MAGIC)
+    hosts.received(delta)
+    assert hosts.identical()
+
+
+def test_mutated_deltas_change_nothing(hosts: Hosts, seed: int) -> None:
+    """Bits flipped, parts lost, repeated, exchanged or put in: each is refused."""
+    for number in range(24):
+        hosts.change(number * 640 * KIB, 4 * KIB, number=number + 2)
+    delta, _ = hosts.sent()
+    before, image, chance = hosts.replica(), read_image(hosts.target).copy(), random.Random(seed)
+    for _ in range(400):
+        data = bytearray(delta)
+        for _ in range(chance.choice([1, 1, 1, 4])):
+            start = chance.randrange(len(data))
+            part = data[start : start + chance.choice([1, 48, 4096 + 48])]
+            match chance.randrange(4):
+                case 0:
+                    data[start] ^= 1 << chance.randrange(8)
+                case 1:
+                    del data[start : start + len(part)]
+                case 2:
+                    data[start:start] = part
+                case 3:
+                    data[start : start + len(part)] = chance.randbytes(len(part))
+        if data == delta:
+            continue
+        with pytest.raises(BlktrackError):
+            hosts.received(bytes(data))
+        assert not is_left(Path(f"{hosts.target}.blktrack"))
+    assert (read_image(hosts.target) == image).all()
+    assert hosts.replica() == before
     hosts.received(delta)
     assert hosts.identical()
 
