@@ -128,7 +128,9 @@ def capture(
     none -- one round; it is told to be `crash` if it happens to be valid.
     crash -- until one is valid. Where rounds do not get smaller the last one is under a freeze, and
         the point is `filesystem` if all file systems could be frozen.
-    filesystem -- until they are small, and the last one under a freeze.
+    filesystem -- until they are small, and the last one under a freeze. Where no file system is
+        mounted nothing is held still, and the point is told to be `crash`: who writes to the device
+        itself, a database or a guest, may be in the middle of something.
     `freeze` is asked for only then; it says None where there is nothing to freeze. A freeze ends
     after `cap` seconds at most.
     NoPoint where that is not to be had; Gap if a change may have gone unseen meanwhile.
@@ -162,8 +164,9 @@ def capture(
             f"{source.device.path} was written under the freeze, {_by_whom(frozen)}",
             hint="end what writes to it, then try again",
         )
-    # Validity makes it a crash point. More it is only if all of them stood still.
-    done.consistency = "crash" if frozen.unfrozen else "filesystem"
+    # Validity makes it a crash point. More it is only if there were file systems that stood still.
+    still = freezing.file_systems and not frozen.unfrozen
+    done.consistency = "filesystem" if still else "crash"
     return done
 
 
