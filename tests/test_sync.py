@@ -159,6 +159,25 @@ def test_an_interrupted_initial_copy_goes_on_where_it_stopped(
 
 
 @on_loop
+@pytest.mark.parametrize("kind", ["file", "device"])
+def test_a_replica_that_others_wrote_to_before_it_had_a_point(lab: Lab, kind: str) -> None:
+    """What had been copied is not what is there: it is copied anew."""
+    device = lab.loop(64 * MIB)
+    replica = lab.loop(64 * MIB) if kind == "device" else str(lab.name("replica"))
+    fill(device)
+    lab.track(device)
+    running = start(lab, "sync", device, replica, "--limit", "8M")
+    wait_until(lambda: lab.status(device)["links"] != [], "a link")
+    wait_until(lambda: Path(replica).exists() and bool(read_image(replica)[: MIB].any()), "a copy")
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
+    assert running.returncode == 130
+    write_direct(replica, 256 * KIB, b"rude" * 1024)
+    lab.sync(device, replica)
+    assert identical(device, replica)
+
+
+@on_loop
 def test_a_killed_initial_copy_ends_identical(lab: Lab) -> None:
     device, replica = lab.loop(32 * MIB), lab.name("replica")
     fill(device)

@@ -68,6 +68,13 @@ class Place:
         crash.point("commit-flushed")
         self.write(Record(link, source, State.READY, point, self.seal(digest=True)))
 
+    def pause(self) -> None:
+        """Record what a target at no point looks like when its run ends: others' writes to it are
+        then noticed by the next. After a death they are not."""
+        if self.written and self.record and self.record.state is not State.READY:
+            self.end.flush()
+            self.write(replace(self.record, seal=self.seal(digest=True)))
+
     def seal(self, *, digest: bool) -> Seal:
         """What the target looks like now."""
         sum_ = edges(self.end) if digest else ""

@@ -34,7 +34,7 @@ from typing import Self
 
 from blktrack import linux
 from blktrack.config import Paths
-from blktrack.errors import Refused
+from blktrack.errors import BlktrackError, Refused
 from blktrack.point import Point
 from blktrack.ship.apply import apply, settle
 from blktrack.ship.claim import take
@@ -212,6 +212,8 @@ class Replica:
         return Origin.of(self._source, generation)
 
     def close(self) -> None:
+        with contextlib.suppress(BlktrackError, OSError):  # of a target that is gone, say
+            self._place.pause()
         self._held.close()
 
     def __enter__(self) -> Self:
