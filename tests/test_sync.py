@@ -168,7 +168,7 @@ def test_a_replica_that_others_wrote_to_before_it_had_a_point(lab: Lab, kind: st
     lab.track(device)
     running = start(lab, "sync", device, replica, "--limit", "8M")
     wait_until(lambda: lab.status(device)["links"] != [], "a link")
-    wait_until(lambda: Path(replica).exists() and bool(read_image(replica)[: MIB].any()), "a copy")
+    wait_until(lambda: Path(replica).exists() and bool(read_image(replica)[:MIB].any()), "a copy")
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)
     assert running.returncode == 130
