@@ -143,7 +143,7 @@ def test_json_has_the_promised_keys(shared: Lab) -> None:
 
 
 def test_status_without_devices(lab: Lab) -> None:
-    assert lab.blktrack("status", "--json").json == {"devices": []}
+    assert lab.blktrack("status", "--json").json == {"devices": [], "replicas": []}
 
 
 def test_links_have_their_own_pending_sets(shared: Lab) -> None:
