@@ -16,12 +16,14 @@ import pytest
 from blktrack import extent, linux
 from blktrack.errors import Busy, CopyFailed
 from blktrack.extent import ExtentArray, from_pairs
+from blktrack.linux import Buffer
 from blktrack.ship import copy as engine
 from blktrack.ship import worker
+from blktrack.ship.aio import RequestQueue
 from blktrack.ship.copy import CHUNK, THREADS, Mode, copy
 from blktrack.ship.endpoint import DeviceEnd, EndError, Endpoint, FileEnd, open_end
 from blktrack.ship.limit import BURST, RateLimit
-from blktrack.ship.plan import MAX_REQUESTS, batches, chunk_for
+from blktrack.ship.plan import MAX_REQUESTS, Piece, batches, chunk_for
 from blktrack.units import KIB, MIB, SECTOR
 from tests.faultfs import FaultFile
 from tests.loopdev import Disks
@@ -343,6 +345,10 @@ class Recorder(FileEnd):
         assert self.may_write.wait(30)
         super()._write(view, offset)
 
+    def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
+        assert self.may_write.wait(30)
+        super().write_many(pieces, buffer, requests)
+
     def _sync(self) -> None:
         self.events.append("flush")
         if self.broken:
@@ -406,6 +412,19 @@ def test_reads_are_over_before_writes_are(files: tuple[Endpoint, Recorder]) -> N
     copied = copy(source, replica, whole(2 * MIB), read_done=read_done, threads=8)
     assert [name for name, _ in seen] == [threading.current_thread().name]
     assert begun < copied.read_ended <= seen[0][1]
+
+
+def test_what_fits_the_buffers_is_read_before_any_of_it_is_written(
+    files: tuple[Endpoint, Recorder],
+) -> None:
+    source, replica = files
+    replica.may_write.clear()
+    places = from_pairs([(at, 4 * KIB) for at in range(0, 2 * MIB, 8 * KIB)])
+    copied = copy(source, replica, places, read_done=replica.may_write.set, threads=1)
+    assert copied.requests > 2 * MAX_REQUESTS
+    read = np.frombuffer(content(Path(replica.path)), dtype=np.uint8).reshape(-1, 4 * KIB)
+    assert (read[::2] == 0x11).all()
+    assert not read[1::2].any()
 
 
 def test_callbacks_that_raise_end_the_copy(files: tuple[Endpoint, Recorder]) -> None:

@@ -1,9 +1,9 @@
 """The copy engine: extents from one end to the other, several requests in flight.
 
-Each of a few threads takes a batch of requests, reads it into its own buffer and writes it, so that
-reads of one overlap writes of another and memory is bounded. The requests of a batch are in flight
-together. The calling thread only counts, reports and makes durable; every callback runs in it. The
-first error ends the copy.
+Each of a few threads reads batches of requests into its own buffer, until it is full, and writes
+them, so that reads of one overlap writes of another and memory is bounded. The requests of a batch
+are in flight together. The calling thread only counts, reports and makes durable; every callback
+runs in it. The first error ends the copy.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def copy(
     Raises CopyFailed if the replica fails, or the source is gone; then everything that `checkpoint`
     was told of is durable. Places of the source that cannot be read do not raise: see `failed`.
     """
-    chunk = chunk_for(extents, chunk, threads, limit)
+    most, chunk = chunk, chunk_for(extents, chunk, threads, limit)
     crew = Crew(
         source,
         replica,
         batches(extents, chunk),
         mode=mode,
-        chunk=chunk,
+        room=most if mode is Mode.COPY and limit is None else chunk,
         granularity=granularity,
         known_zero=known_zero,
         limit=RateLimit(limit) if limit else None,

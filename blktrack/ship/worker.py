@@ -1,4 +1,4 @@
-"""The threads of a copy: each takes a batch, reads it, and writes or compares it."""
+"""The threads of a copy: each reads batches, as many as it holds, and writes or compares them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from blktrack.linux import Buffer
+from blktrack.linux import PAGE, Buffer
 from blktrack.ship.aio import RequestQueue
 from blktrack.ship.endpoint import EndError, Endpoint
 from blktrack.ship.limit import RateLimit
@@ -64,7 +64,7 @@ class Crew:
         work: Iterator[Batch],
         *,
         mode: Mode,
-        chunk: int,
+        room: int,
         granularity: int,
         known_zero: bool,
         limit: RateLimit | None,
@@ -75,7 +75,7 @@ class Crew:
         self._source = source
         self._replica = replica
         self._mode = mode
-        self._chunk = chunk
+        self._room = room
         self._granularity = granularity
         self._known_zero = known_zero
         self._limit = limit
@@ -93,26 +93,50 @@ class Crew:
         return self._next is not None
 
     def abort(self) -> None:
-        """Let every thread end after the batch it is at."""
+        """Let every thread end after what it has read."""
         self._abort.set()
 
     def run(self) -> None:
         """The body of a thread."""
         try:
-            with _Hand(self._chunk, compare=self._mode is not Mode.COPY) as hand:
-                while (batch := self._take()) is not None:
-                    self.events.put(self._carry(batch, hand))
+            with _Hand(self._room, compare=self._mode is not Mode.COPY) as hand:
+                while held := self._fetch(hand):
+                    for good, outcome in held:
+                        self.events.put(self._carry(good, outcome, hand))
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._abort.set()
             self.events.put(error)
         finally:
             self.events.put(None)
 
-    def _take(self) -> Batch | None:
+    def _fetch(self, hand: _Hand) -> list[tuple[Batch, Outcome]]:
+        """Read batches for as long as the buffer has room: what could be read of each.
+
+        A copy that fits the buffers has read all before it writes much. Its source may be written
+        meanwhile, and has the less time for it.
+        """
+        held: list[tuple[Batch, Outcome]] = []
+        used = 0
+        while (batch := self._take(self._room - used)) is not None:
+            pieces = [Piece(start, length, at + used) for start, length, at in batch]
+            used = -(-(pieces[-1].at + pieces[-1].length) // PAGE) * PAGE
+            outcome = Outcome(requests=len(pieces))
+            held.append((self._read(pieces, hand, outcome), outcome))
+            with self._lock:
+                self._reading -= 1
+                if self._next is None and self._reading == 0:
+                    self.read_ended = time.monotonic()
+                    self.events.put(ReadsEnded())
+        return held
+
+    def _take(self, room: int) -> Batch | None:
+        """The next batch, if there is one and it takes no more room."""
         with self._lock:
             if self._next is None or self._abort.is_set() or self._stop.is_set():
                 return None
             batch = self._next
+            if batch[-1].at + batch[-1].length > room:
+                return None
             if self._limit is not None and not self._wait(self._limit, batch):
                 return None
             self._next = next(self._work, None)
@@ -127,14 +151,8 @@ class Crew:
                 return False
         return True
 
-    def _carry(self, batch: Batch, hand: _Hand) -> Outcome:
-        outcome = Outcome(requests=len(batch))
-        good = self._read(batch, hand, outcome)
-        with self._lock:
-            self._reading -= 1
-            if self._next is None and self._reading == 0:
-                self.read_ended = time.monotonic()
-                self.events.put(ReadsEnded())
+    def _carry(self, good: Batch, outcome: Outcome, hand: _Hand) -> Outcome:
+        """Write or compare what was read of a batch."""
         if self._mode is not Mode.COPY:
             _read_all(self._replica, good, hand.replica, hand.requests(good))
             different = [run for piece in good for run in self._different(piece, hand)]
