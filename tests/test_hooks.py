@@ -59,7 +59,7 @@ def test_hooks_of_the_command_line(pair: Pair) -> None:
     assert pair.said == expected
     # Where nothing is mounted they may hold still what writes to the device itself.
     done = pair.lab.blktrack(*words)
-    assert (done.json["consistency"], done.json["freeze_s"]) == ("filesystem", 0)
+    assert (done.json["consistency"], done.json["freeze_s"]) == ("crash", 0)
     assert pair.said == 2 * expected
 
 
@@ -103,7 +103,7 @@ def test_a_post_hook_that_fails_is_told_of(pair: Pair) -> None:
     )
     assert pair.said == [f"last post {pair.device}"]
     link = pair.lab.status(pair.device)["links"][0]
-    assert (link["state"], link["consistency"]) == ("ready", "filesystem")
+    assert (link["state"], link["consistency"]) == ("ready", "crash")
 
 
 def test_a_pre_hook_that_fails(pair: Pair) -> None:
