@@ -349,6 +349,32 @@ def test_a_stopped_process_thaws_at_the_cap(ext4: Mounted) -> None:
         assert time.monotonic() - began < 0.5 + SLACK
 
 
+STOPPING = f"""
+import os, signal
+from blktrack.quiesce.watchdog import Watchdog
+tell, told = Watchdog._tell, []
+def stop(self, word, index):
+    told.append(word)
+    if told.count(b"f") == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    tell(self, word, index)
+Watchdog._tell = stop
+{CHILD}"""
+
+
+def test_a_process_stopped_before_it_can_say_that_it_froze(ext4: Mounted) -> None:
+    with Load(ext4.point) as load, freezing(ext4, 0.5, 0, STOPPING) as process:
+        wait_until(lambda: is_stopped(process.pid), "the second freeze")
+        began = time.monotonic()
+        load.goes_on()
+        assert time.monotonic() - began < 0.5 + SLACK
+    assert_thawed(ext4)
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def test_a_death_at_any_moment_thaws(ext4: Mounted) -> None:
     with Load(ext4.point) as load:
         for turn in range(12):

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Collection
 
+LOOK = 50  # milliseconds between two looks at a process that may have been stopped
 MCL_CURRENT_AND_FUTURE = 3  # sys/mman.h; the machines where it is not simply refuse it
 
 
@@ -40,6 +41,13 @@ def say(word: str) -> None:
         os.write(1, f"{word}\n".encode())
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether its main thread, which is the one that freezes, is stopped by a signal."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return False
+
+
 class Guard:
     def __init__(self, cap: float, fithaw: int, fds: list[int]) -> None:
         self.cap, self.fithaw, self.fds = cap, fithaw, fds
@@ -47,6 +55,7 @@ class Guard:
         self.beginning: list[int] = []  # one, while its freeze is under way
         self.deadline: float | None = None
         self.expired = False
+        self.owner = os.getppid()
 
     def run(self) -> None:
         input_ends = select.poll()
@@ -56,6 +65,8 @@ class Guard:
             wait = None
             if self.deadline is not None and not self.expired:
                 wait = max(0.0, self.deadline - time.monotonic()) * 1000
+            elif self.expired and self.beginning:
+                wait = LOOK
             if input_ends.poll(wait):
                 data = os.read(0, 4096)
                 if not data:
@@ -64,6 +75,11 @@ class Guard:
                     self.take(data[at : at + 1], data[at + 1])
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 self.expired = True
+                if self.beginning and is_stopped(self.owner):
+                    # In no call any more, and it may have been stopped before it could say `f`.
+                    unsure, self.beginning = self.beginning, []
+                    self.frozen += unsure
+                    self.thaw("cap", unsure)
                 self.thaw("cap")
         # Whoever was beginning one is through with it or dead: now it is known to be frozen or not.
         self.frozen += self.beginning
