@@ -44,9 +44,9 @@ def _look(name: str | None) -> StatusReport:
     replicas = [replica] if replica else []
     try:
         return StatusReport(status(store(), name), replicas)
-    except NotTracked:
+    except NotTracked as error:
         if not replicas:
-            raise
+            raise NotTracked(f"{name} is not tracked, and no replica", hint=error.hint) from error
         return StatusReport([], replicas)
 
 
