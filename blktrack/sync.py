@@ -63,25 +63,28 @@ def _bring(
 ) -> tuple[Plan, Shipped]:
     state, device = find(store, path)
     known = _find_link(store, state.id, target)
-    with Replica.open(
-        target,
-        source=device,
-        link=known.id if known else None,
-        paths=store.paths,
-        force=options.force,
-        stop=options.stop,
-    ) as replica:
-        # Read anew: whoever had the replica until now may have moved the cursor.
-        link = _find_link(store, state.id, target) or _new_link(store, state.id, target, replica)
+    with (
+        Replica.open(
+            target,
+            source=device,
+            link=known.id if known else None,
+            paths=store.paths,
+            force=options.force,
+            stop=options.stop,
+        ) as replica,
+        lock(store.link_lock(state.id, replica.link), what=f"the link to {target}"),
+    ):
+        # Read anew: whoever had it until now may have moved the cursor.
+        link = _find_link(store, state.id, target)
+        link = link or _new_link(store, state.id, target, replica)
         current = Replication(store, device, state.id, link, options, replica)
-        with lock(store.link_lock(state.id, link.id), what=f"the link to {target}"):
-            try:
-                return _ship(current, observer)
-            except Gap:
-                # It came while the source was read: a new generation, and a resync, in one go. A
-                # source that has grown is no gap to another round, but may be too large by now.
-                replica.check_room()
-                return _ship(current, observer)
+        try:
+            return _ship(current, observer)
+        except Gap:
+            # It came while the source was read: a new generation, and a resync, in one go. A
+            # source that has grown is no gap to another round, but may be too large by now.
+            replica.check_room()
+            return _ship(current, observer)
 
 
 def _ship(current: Replication, observer: Observer) -> tuple[Plan, Shipped]:

@@ -327,6 +327,18 @@ def test_a_delta_that_starts_elsewhere(hosts: Hosts) -> None:
     assert hosts.identical()
 
 
+def test_a_full_copy_that_leads_back(hosts: Hosts) -> None:
+    old, report = hosts.sent(Options(full=True))
+    image = read_image(hosts.source).copy()
+    hosts.change(MIB)
+    hosts.carry(Options(full=True))
+    done = hosts.recv(old)
+    assert done.code == 1 and f"leads back to epoch {report.epoch}" in done.err
+    assert hosts.identical()
+    assert hosts.recv(old, "--force").json["epoch"] == report.epoch
+    assert (read_image(hosts.target) == image).all()
+
+
 def test_a_delta_for_another_replica(hosts: Hosts, shared: Lab) -> None:
     other = Hosts(shared, SIZE)
     full, _ = other.sent()

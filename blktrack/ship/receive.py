@@ -16,6 +16,7 @@ from blktrack import extent
 from blktrack.config import Paths
 from blktrack.errors import Refused
 from blktrack.extent import ExtentArray
+from blktrack.point import Point
 from blktrack.report import RecvReport
 from blktrack.ship.delta import DeltaInvalid, DeltaReader, Header, Kind
 from blktrack.ship.delta.pipe import Source
@@ -51,6 +52,8 @@ def receive(
         if replica.has_point:
             with replica.stage() as stage:
                 extents = frames.into(stage.end, blocks=replica.end)
+                if not force:
+                    _check_forward(replica, reader.trailer.point)
                 stage.seal(extents, reader.trailer.point)
                 replica.apply(stage)
         else:
@@ -100,6 +103,17 @@ def _check_start(replica: Replica, header: Header) -> None:
             f"the delta starts at epoch {base.epoch} of generation {base.generation[:8]}, {name} is"
             f" at epoch {at.epoch} of {at.generation[:8]}",
             hint=hint,
+        )
+
+
+def _check_forward(replica: Replica, point: Point) -> None:
+    """Refused if a full copy is older than what is there."""
+    at = replica.record.point if replica.record else None
+    if at is not None and at.generation == point.generation and at.epoch > point.epoch:
+        raise Refused(
+            f"{replica.target.name} is at epoch {at.epoch}, and the delta is a full copy that leads"
+            f" back to epoch {point.epoch}",
+            hint="receive a later one, or --force to go back",
         )
 
 
