@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from blktrack.cli import progress
@@ -22,3 +24,17 @@ def test_rounds_beyond_the_first_do_not_run_past_the_end(
     assert "1 MiB of 4 MiB" in first
     assert "6 MiB of 6 MiB" in second
     assert "-" not in second, "a time to go is not negative"
+
+
+def test_without_a_total_and_without_rich_there_are_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SHOW_AFTER", 0.0)
+    monkeypatch.setattr(progress, "_LINE_EVERY", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with Watcher(quiet=False) as watcher:
+        watcher.phase("recv", 0)
+        watcher.done(MIB)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("recv: 1 MiB, ") and "to go" not in line

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 import sys
 import time
 
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         interruptible("receiving", "a replica that had a point is at it, or gets to the next"),
         open(sys.stdin.fileno(), "rb", closefd=False) as file,
     ):
-        watcher.phase("recv", 0)
+        info = os.fstat(file.fileno())
+        watcher.phase("recv", info.st_size if stat.S_ISREG(info.st_mode) else 0)
         report = receive(file, args.target, paths(), force=args.force, progress=watcher.done)
     report.duration_s = time.monotonic() - begun
     if args.json:
