@@ -157,11 +157,13 @@ def commit(store: Store, path: str, name: str, epoch: int) -> CommitReport:
         point = next((point for point in reversed(link.sent) if point.epoch == epoch), None)
         if point is None:
             _refuse(link, epoch)
-        elif link.settles and point == link.sent[-1]:
-            _settle(store, state.id, device, link, point)
         else:
+            settles = link.settles and point == link.sent[-1]
             link.move_to(point)
             store.save_link(state.id, link)
+            crash.point("send-committed")
+            if settles and device is not None:
+                _settle(store, state.id, device, link, point)
         assert link.cursor is not None
         cursor = link.cursor
     return CommitReport(link.name, cursor.epoch, cursor.time, cursor.consistency)
@@ -179,16 +181,9 @@ def _refuse(link: LinkState, epoch: int) -> None:
     )
 
 
-def _settle(
-    store: Store, number: str, device: BlockDevice | None, link: LinkState, point: Point
-) -> None:
+def _settle(store: Store, number: str, device: BlockDevice, link: LinkState, point: Point) -> None:
     """All that was taken from the link's sets is there. Where they cannot be reached it is sent
     once more."""
-    link.move_to(point)
-    store.save_link(number, link)
-    crash.point("send-committed")
-    if device is None:
-        return
     with hold(store, number, device.path), contextlib.suppress(Gap, FileNotFoundError):
         state = store.device(number)
         if state is None or state.generation != point.generation:
