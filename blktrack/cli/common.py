@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -80,10 +80,7 @@ def instant(seconds: float) -> str:
 
 @contextlib.contextmanager
 def stoppable(options: Options) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the copy after what is in flight; a second one at once.
-
-    One that is ignored, as by nohup, stays so.
-    """
+    """SIGINT, SIGTERM and SIGHUP end the copy after what is in flight; a second one at once."""
 
     def on_signal(number: int, _: FrameType | None) -> None:
         if options.stop.is_set():
@@ -92,29 +89,29 @@ def stoppable(options: Options) -> Iterator[None]:
         options.signum = number
         options.stop.set()
 
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    caught = [number for number in watched if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in caught}
-    try:
+    with _on_signals(on_signal):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def interruptible(doing: str, kept: str) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise Interrupted where the main thread is, which may be waiting
-    for input; a second one ends the process."""
+    for input; the same once more ends the process."""
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        for each in caught:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         raise Interrupted(f"{doing} was interrupted", signum=number, hint=kept)
 
+    with _on_signals(on_signal):
+        yield
+
+
+@contextlib.contextmanager
+def _on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """One that is ignored, as by nohup, stays so."""
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     caught = [number for number in watched if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in caught}
+    before = {number: signal.signal(number, handle) for number in caught}
     try:
         yield
     finally:
