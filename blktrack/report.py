@@ -184,6 +184,25 @@ class DoctorReport(Report):
 
 
 @dataclass
+class Finding(Report):
+    """One thing in the policy file that cannot be followed, or not on this host."""
+
+    key: str  # "device.data.replica.nas.target"; "" for the file as a whole
+    message: str
+    hint: str
+
+
+@dataclass
+class PolicyReport(Report):
+    file: str
+    ok: bool  # it can be followed
+    devices: int
+    replicas: int
+    errors: list[Finding]
+    warnings: list[Finding]
+
+
+@dataclass
 class DeviceAction(Report):
     """What `start` or `stop` did."""
 

@@ -13,6 +13,11 @@ SECTOR = 512  # the kernel's unit in every block-layer event, whatever the devic
 
 _SUFFIXES = "KMGTPE"
 _SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(
+    "".join(rf"(\d{{1,10}}(\.\d{{1,9}})?\s*{unit}\s*)?" for unit in _SECONDS),
+    re.IGNORECASE | re.ASCII,
+)
 
 
 def parse_size(text: str) -> int:
@@ -54,3 +59,17 @@ def format_duration(seconds: float) -> str:
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90`, `90s`, `1.5h`, `1h30m`, `2d`, `1w`. Else UsageError."""
+    stripped = text.strip()
+    if re.fullmatch(r"\d{1,10}(\.\d{1,9})?", stripped, re.ASCII):
+        return float(stripped)
+    if not stripped or not _DURATION.fullmatch(stripped):
+        raise UsageError(
+            f"{text!r} is not a duration",
+            hint="write a number of seconds, or 90s, 5m, 1h30m, 1d",
+        )
+    parts = re.findall(r"([\d.]+)\s*([a-z])", stripped.lower())
+    return sum(float(count) * _SECONDS[unit] for count, unit in parts)

@@ -17,6 +17,7 @@ from blktrack import extent, linux
 from blktrack.errors import Busy, CopyFailed
 from blktrack.extent import ExtentArray, from_pairs
 from blktrack.linux import Buffer
+from blktrack.rates import Rates
 from blktrack.ship import copy as engine
 from blktrack.ship import worker
 from blktrack.ship.aio import RequestQueue
@@ -602,7 +603,7 @@ def test_source_that_shrank(tmp_path: Path) -> None:
 def test_limit_holds(files: tuple[Endpoint, Recorder]) -> None:
     source, replica = files
     begun = time.monotonic()
-    copied = copy(source, replica, whole(2 * MIB), limit=4 * MIB)
+    copied = copy(source, replica, whole(2 * MIB), limit=Rates(4 * MIB))
     assert copied.bytes_written == 2 * MIB
     # Half a second, less what may be caught up and the last request, which nothing follows.
     assert 0.1 < time.monotonic() - begun < 30
@@ -613,7 +614,7 @@ def test_stop_does_not_wait_for_the_limit(files: tuple[Endpoint, Recorder]) -> N
     source, replica = files
     stop = threading.Event()
     copied = copy(
-        source, replica, whole(2 * MIB), limit=1, stop=stop, progress=lambda done: stop.set()
+        source, replica, whole(2 * MIB), limit=Rates(1), stop=stop, progress=lambda done: stop.set()
     )  # the first request is free: the rest would take days
     assert copied.interrupted
     assert copied.bytes_written == 64 * KIB
@@ -621,7 +622,7 @@ def test_stop_does_not_wait_for_the_limit(files: tuple[Endpoint, Recorder]) -> N
 
 def test_rate_limit_on_a_clock_of_its_own() -> None:
     now = 100.0
-    limit = RateLimit(1000, clock=lambda: now)
+    limit = RateLimit(Rates(1000), clock=lambda: now)
     assert limit.take(500) == 0.0
     assert limit.take(500) == pytest.approx(0.5)
     assert limit.take(10) == pytest.approx(1.0)
@@ -632,7 +633,7 @@ def test_rate_limit_on_a_clock_of_its_own() -> None:
     assert limit.take(1) == 0.0
     assert limit.take(1) == pytest.approx(0.001)
     with pytest.raises(ValueError, match="positive"):
-        RateLimit(0)
+        RateLimit(Rates(0))
 
 
 @pytest.mark.parametrize("chunk", [64 * KIB, MIB, 4 * MIB])

@@ -13,6 +13,7 @@ from blktrack import capture, sync
 from blktrack.capture import Source
 from blktrack.errors import BlktrackError, NoPoint
 from blktrack.options import Options
+from blktrack.rates import Rates
 from blktrack.ship.apply import finish
 from blktrack.ship.place import folder_of
 from blktrack.ship.record import Record, State
@@ -110,7 +111,7 @@ def test_room_that_others_take_meanwhile(tight: Tight) -> None:
 
     filler = Filler()
     with filler.held, pytest.raises(NoRoom, match="6 MiB: No space left on device") as caught:
-        options = Options(limit=2 * MIB)
+        options = Options(limit=Rates(2 * MIB))
         sync.sync(tight.lab.store, tight.source, tight.replica, options, filler)
     assert "--in-place" in caught.value.hint and caught.value.exit_code == 1
     assert str(tight.folder) in str(caught.value)

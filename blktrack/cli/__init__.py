@@ -29,11 +29,12 @@ COMMANDS = {
     "send": "write a delta for a replica elsewhere",
     "recv": "bring a replica to where a delta leads",
     "verify": "compare a replica with its device",
+    "config": "check the policy file",
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",
     "service": "the systemd unit that does both",
 }
-_NEEDS_ROOT = set(COMMANDS) - {"doctor"}
+_NEEDS_ROOT = set(COMMANDS) - {"doctor", "config"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,12 +17,14 @@ from blktrack.cli.common import (
     add_quiet,
     emit,
     instant,
+    paths,
     size,
     stoppable,
     store,
     target,
 )
 from blktrack.cli.progress import Watcher
+from blktrack.policy import load
 from blktrack.report import SyncReport
 from blktrack.sync import sync
 from blktrack.units import format_duration, format_size
@@ -51,9 +53,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = capture_options(args)
-    options.full, options.force = args.full, args.force
-    options.no_resync, options.in_place = args.no_resync, args.in_place
+    link = load(paths().policy).link(args.device, args.target)
+    options = capture_options(args, link.options() if link else None)
+    options.full, options.force, options.no_resync = args.full, args.force, args.no_resync
+    options.in_place |= args.in_place
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report, _ = sync(store(), args.device, args.target, options, watcher)
     if args.json:

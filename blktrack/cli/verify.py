@@ -13,6 +13,7 @@ import argparse
 from blktrack.cli.common import add_json, add_quiet, emit, size, stoppable, store, target
 from blktrack.cli.progress import Watcher
 from blktrack.options import Options
+from blktrack.rates import Rates
 from blktrack.report import VerifyReport
 from blktrack.units import format_size
 from blktrack.verify import repair, verify
@@ -30,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = Options(limit=args.limit)
+    options = Options(limit=Rates(args.limit))
     work = repair if args.repair else verify
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report = work(store(), args.device, args.target, options, watcher)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from blktrack import crash
 from blktrack.errors import CopyFailed
 from blktrack.extent import ExtentArray, empty, from_pairs, total
+from blktrack.rates import UNLIMITED, Rates
 from blktrack.ship.endpoint import Endpoint
 from blktrack.ship.limit import RateLimit
 from blktrack.ship.plan import batches, chunk_for
@@ -56,7 +57,7 @@ def copy(
     interval: float = 5.0,
     read_done: Callable[[], None] | None = None,
     stop: threading.Event | None = None,
-    limit: int | None = None,
+    limit: Rates = UNLIMITED,
     known_zero: bool = False,
     threads: int = THREADS,
     chunk: int = CHUNK,
@@ -78,16 +79,17 @@ def copy(
     Raises CopyFailed if the replica fails, or the source is gone; then everything that `checkpoint`
     was told of is durable. Places of the source that cannot be read do not raise: see `failed`.
     """
-    most, chunk = chunk, chunk_for(extents, chunk, threads, limit)
+    least = limit.least
+    most, chunk = chunk, chunk_for(extents, chunk, threads, least)
     crew = Crew(
         source,
         replica,
         batches(extents, chunk),
         mode=mode,
-        room=most if mode is Mode.COPY and limit is None else chunk,
+        room=most if mode is Mode.COPY and least is None else chunk,
         granularity=granularity,
         known_zero=known_zero,
-        limit=RateLimit(limit) if limit else None,
+        limit=RateLimit(limit) if least else None,
         stop=stop or threading.Event(),
     )
     ledger = _Ledger(replica, None if mode is Mode.COMPARE else checkpoint, interval)

@@ -6,24 +6,36 @@ import threading
 import time
 from collections.abc import Callable
 
+from blktrack.rates import Rates
+
 BURST = 0.25  # seconds' worth that may be caught up after a pause
 
 
 class RateLimit:
-    """A token bucket shared by threads: `rate` bytes a second on the monotonic clock."""
+    """A token bucket shared by threads, on the monotonic clock; its rate is looked up each time, so
+    that a copy follows the windows that it runs through."""
 
-    def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
-        if rate <= 0:
+    def __init__(
+        self,
+        rates: Rates,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        if rates.least is not None and rates.least <= 0:
             raise ValueError("a rate must be positive")
-        self._rate = rate
-        self._clock = clock
+        self._rates = rates
+        self._clock, self._now = clock, now
         self._lock = threading.Lock()
         self._free_at = clock()  # when what was taken so far is paid for
 
     def take(self, count: int) -> float:
         """Take `count` bytes; the seconds to wait before they may be read."""
+        rate = self._rates.at(self._now())
         with self._lock:
             now = self._clock()
+            if rate is None:
+                self._free_at = now
+                return 0.0
             start = max(self._free_at, now - BURST)
-            self._free_at = start + count / self._rate
+            self._free_at = start + count / rate
             return max(0.0, start - now)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from blktrack.errors import CopyFailed
 from blktrack.extent import ExtentArray, total
+from blktrack.rates import UNLIMITED, Rates
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import EndError, Endpoint, open_end
 from blktrack.units import format_size
@@ -42,7 +43,7 @@ def room(
     extents: ExtentArray,
     *,
     stop: threading.Event,
-    limit: int | None = None,
+    limit: Rates = UNLIMITED,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[None]:
     """Around the staging of `extents` in `folder`: NoRoom if it cannot come to an end there."""
