@@ -8,7 +8,6 @@ import math
 from blktrack.errors import UsageError
 from blktrack.options import Options
 from blktrack.quiesce.freeze import CAP, CAP_MOST
-from blktrack.rates import Rates
 
 
 def add_capture(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +76,7 @@ def capture_options(args: argparse.Namespace, policy: Options | None = None) -> 
     if args.post_freeze is not None:
         options.post = tuple(args.post_freeze)
     if args.limit is not None:
-        options.limit = Rates(args.limit)
+        options.limit = args.limit
     _refuse_contradictions(args, options)
     return options
 

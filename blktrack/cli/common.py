@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from blktrack.config import Paths
 from blktrack.errors import Interrupted, UsageError
+from blktrack.rates import UNLIMITED, Rates
 from blktrack.report import Report
 from blktrack.state import Store
 from blktrack.units import parse_size
@@ -48,6 +49,17 @@ def size(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1 byte")
     return value
+
+
+def rates(text: str) -> Rates:
+    """argparse type: bytes per second, or `none`."""
+    return UNLIMITED if text == "none" else Rates(size(text))
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit", type=rates, metavar="RATE", help="bytes read per second, as 50M, or none"
+    )
 
 
 def target(text: str) -> str:

@@ -18,10 +18,10 @@ import sys
 from blktrack.cli.capture import add_capture, capture_options
 from blktrack.cli.common import (
     add_json,
+    add_limit,
     add_quiet,
     emit,
     instant,
-    size,
     stoppable,
     store,
 )
@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-resync", action="store_true", help="exit 3 instead of sending everything again"
     )
-    parser.add_argument("--limit", type=size, metavar="RATE", help="bytes read per second, as 50M")
+    add_limit(parser)
     parser.add_argument(
         "--compress", type=_level, metavar="LEVEL", help=f"by zstd: 1, fast, to {_BEST}, small"
     )

@@ -14,11 +14,11 @@ import argparse
 from blktrack.cli.capture import add_capture, capture_options
 from blktrack.cli.common import (
     add_json,
+    add_limit,
     add_quiet,
     emit,
     instant,
     paths,
-    size,
     stoppable,
     store,
     target,
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-resync", action="store_true", help="exit 3 instead of comparing everything"
     )
-    parser.add_argument("--limit", type=size, metavar="RATE", help="bytes read per second, as 50M")
+    add_limit(parser)
     parser.add_argument(
         "--force", action="store_true", help="overwrite a target that holds something else"
     )

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 
-from blktrack.cli.common import add_json, add_quiet, emit, size, stoppable, store, target
+from blktrack.cli.common import add_json, add_limit, add_quiet, emit, stoppable, store, target
 from blktrack.cli.progress import Watcher
 from blktrack.options import Options
-from blktrack.rates import Rates
+from blktrack.rates import UNLIMITED
 from blktrack.report import VerifyReport
 from blktrack.units import format_size
 from blktrack.verify import repair, verify
@@ -25,13 +25,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="the source")
     parser.add_argument("target", metavar="TARGET", type=target, help="its replica")
     parser.add_argument("--repair", action="store_true", help="resync what differs")
-    parser.add_argument("--limit", type=size, metavar="RATE", help="bytes read per second, as 50M")
+    add_limit(parser)
     add_json(parser)
     add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    options = Options(limit=Rates(args.limit))
+    options = Options(limit=args.limit or UNLIMITED)
     work = repair if args.repair else verify
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report = work(store(), args.device, args.target, options, watcher)

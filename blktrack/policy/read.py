@@ -189,7 +189,9 @@ class _Reader:
     def _tables(self, name: str, raw: Values, above: str = "") -> Iterator[tuple[str, Values]]:
         named = self._table(name, raw, above)
         for key in named:
-            yield key, self._table(key, named, f"{above}.{name}" if above else name)
+            table = self._table(key, named, f"{above}.{name}" if above else name)
+            if table or named[key] == {}:
+                yield key, table
 
     def _known(self, key: str, table: Values, known: set[str]) -> None:
         for name in table:
