@@ -436,3 +436,25 @@ post-freeze = "echo post >> {log}"
     broken = lab.blktrack("sync", disk, image)
     assert broken.code == 2
     assert f"{policy}: defaults.rpo: 0 is not valid" in broken.err
+
+
+@pytest.mark.needs("root", "loop", "bpf")
+def test_status_tells_what_is_late(lab: Lab) -> None:
+    disk, image = lab.loop(4 * MIB), lab.folder / "r.img"
+    policy = lab.store.paths.policy
+    policy.parent.mkdir(parents=True)
+    text = f'[device.a]\npath = "{disk}"\n[device.a.replica.r]\ntarget = "{image}"\n'
+    lab.track(disk)
+    lab.sync(disk, image)
+    told = {}
+    for rpo in ("", 'rpo = "1h"', "rpo = 0.001\nrpo-error = 3600", "rpo-error = 0.001"):
+        policy.write_text(text + rpo, encoding="utf-8")
+        link = lab.blktrack("status", disk, "--json").json["devices"][0]["links"][0]
+        told[rpo] = (link["rpo_s"], link["rpo"])
+    assert list(told.values()) == [(None, ""), (3600, "ok"), (0.001, "late"), (0.001, "broken")]
+    assert "BROKEN: promised 0.00 s" in lab.blktrack("status").out
+    policy.write_text("x", encoding="utf-8")
+    done = lab.blktrack("status", disk, "--json")
+    assert done.json["devices"][0]["links"][0]["rpo"] == ""
+    assert "warning" in done.err
+    assert str(policy) in done.err

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from blktrack.cli.common import add_json, emit, instant, paths, store
 from blktrack.errors import NotTracked
+from blktrack.policy import PolicyError, load
+from blktrack.policy.measure import measure
 from blktrack.report import DeviceStatus, LinkStatus, ReplicaStatus, StatusReport
 from blktrack.ship.tell import replica_status
 from blktrack.tracker.status import status
@@ -43,11 +46,16 @@ def _look(name: str | None) -> StatusReport:
     replica = replica_status(os.path.abspath(name), paths()) if name else None
     replicas = [replica] if replica else []
     try:
-        return StatusReport(status(store(), name), replicas)
+        devices = status(store(), name)
     except NotTracked as error:
         if not replicas:
             raise NotTracked(f"{name} is not tracked, and no replica", hint=error.hint) from error
         return StatusReport([], replicas)
+    try:
+        measure(devices, load(paths().policy))
+    except PolicyError as error:
+        print(f"blktrack: warning: {error}", file=sys.stderr)
+    return StatusReport(devices, replicas)
 
 
 def _replica(replica: ReplicaStatus) -> str:
@@ -94,6 +102,8 @@ def _link(link: LinkStatus) -> str:
         text += (
             f", at {instant(link.point)} ({link.consistency}), {format_duration(link.lag_s)} ago"
         )
+    if link.rpo in ("late", "broken") and link.rpo_s is not None:
+        text += f", {link.rpo.upper()}: promised {format_duration(link.rpo_s)}"
     if link.pending_bytes is not None:
         text += f", {format_size(link.pending_bytes)} pending"
     if link.reason:
