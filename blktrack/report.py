@@ -36,7 +36,7 @@ class LinkStatus(Report):
     state: str  # initial, ready, resync, unfinished
     reason: str  # why it is not ready
     rpo_s: float | None = None  # from which lag on it is late; None: nothing is promised
-    rpo: str = ""  # ok, late, broken
+    lateness: str = ""  # ok, late, broken
     resyncs: list[Past] = field(default_factory=list)  # reason and time, newest first
 
 

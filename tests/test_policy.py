@@ -450,11 +450,11 @@ def test_status_tells_what_is_late(lab: Lab) -> None:
     for rpo in ("", 'rpo = "1h"', "rpo = 0.001\nrpo-error = 3600", "rpo-error = 0.001"):
         policy.write_text(text + rpo, encoding="utf-8")
         link = lab.blktrack("status", disk, "--json").json["devices"][0]["links"][0]
-        told[rpo] = (link["rpo_s"], link["rpo"])
+        told[rpo] = (link["rpo_s"], link["lateness"])
     assert list(told.values()) == [(None, ""), (3600, "ok"), (0.001, "late"), (0.001, "broken")]
     assert "BROKEN: promised 0.00 s" in lab.blktrack("status").out
     policy.write_text("x", encoding="utf-8")
     done = lab.blktrack("status", disk, "--json")
-    assert done.json["devices"][0]["links"][0]["rpo"] == ""
+    assert done.json["devices"][0]["links"][0]["lateness"] == ""
     assert "warning" in done.err
     assert str(policy) in done.err

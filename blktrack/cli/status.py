@@ -102,8 +102,8 @@ def _link(link: LinkStatus) -> str:
         text += (
             f", at {instant(link.point)} ({link.consistency}), {format_duration(link.lag_s)} ago"
         )
-    if link.rpo in ("late", "broken") and link.rpo_s is not None:
-        text += f", {link.rpo.upper()}: promised {format_duration(link.rpo_s)}"
+    if link.lateness in ("late", "broken") and link.rpo_s is not None:
+        text += f", {link.lateness.upper()}: promised {format_duration(link.rpo_s)}"
     if link.pending_bytes is not None:
         text += f", {format_size(link.pending_bytes)} pending"
     if link.reason:

@@ -14,4 +14,5 @@ def measure(devices: Iterable[DeviceStatus], policy: Policy) -> None:
         for link in device.links:
             promise = policy.link(device.device, link.target) if link.target else None
             if promise is not None:
-                link.rpo_s, link.rpo = promise.rpo_warning, promise.lateness(link.lag_s)
+                link.rpo_s = promise.rpo_warning
+                link.lateness = promise.lateness(link.lag_s)
