@@ -21,14 +21,17 @@ class Paths:
     @classmethod
     def from_environment(cls) -> Paths:
         root = os.environ.get("BLKTRACK_ROOT")
-        if not root:
-            return cls(
-                BPFFS / "blktrack",
-                Path("/run/blktrack"),
-                Path("/var/lib/blktrack"),
-                Path("/etc/blktrack/blktrack.toml"),
-            )
-        return cls.below(Path(root))
+        return cls.below(Path(root)) if root else cls.of_host()
+
+    @classmethod
+    def of_host(cls) -> Paths:
+        """Those of the host's own instance."""
+        return cls(
+            BPFFS / "blktrack",
+            Path("/run/blktrack"),
+            Path("/var/lib/blktrack"),
+            Path("/etc/blktrack/blktrack.toml"),
+        )
 
     @classmethod
     def below(cls, root: Path) -> Paths:

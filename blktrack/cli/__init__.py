@@ -6,12 +6,12 @@ import argparse
 import contextlib
 import importlib
 import os
-import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 
-from blktrack import __version__
+from blktrack.cli.parser import EXITS, Misused, Parser
+from blktrack.cli.version import Version
 from blktrack.errors import BlktrackError
 
 # numpy loads OpenBLAS, which starts a thread for every CPU at once; nothing here needs one, and
@@ -33,8 +33,9 @@ COMMANDS = {
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",
     "service": "the systemd unit that does both",
+    "help": "what a command does, as its --help",
 }
-_NEEDS_ROOT = set(COMMANDS) - {"doctor", "config"}
+_NEEDS_ROOT = set(COMMANDS) - {"doctor", "config", "help", "completion"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(words)
         finally:
             _flush()
+    except Misused as error:
+        _complain(str(error), error.hint, error.program)
+        return error.exit_code
     except BlktrackError as error:
         _complain(str(error), error.hint)
         return error.exit_code
@@ -65,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if not words:
+        print(_parser([]).format_help(), end="", file=sys.stderr)
+        return 2
     args = _parse(words)
     if args.command in _NEEDS_ROOT and os.geteuid() != 0:
         raise BlktrackError(f"blktrack {args.command} needs root", hint="run it with sudo")
@@ -90,9 +97,9 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _complain(message: str, hint: str = "") -> None:
+def _complain(message: str, hint: str = "", who: str = "blktrack") -> None:
     with contextlib.suppress(OSError):
-        print(f"blktrack: {message}", file=sys.stderr)
+        print(f"{who}: {message}", file=sys.stderr)
         if hint:
             print(f"  -> {hint}", file=sys.stderr)
 
@@ -101,29 +108,43 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"blktrack.cli.{command}")
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parsers() -> Parser:
+    """The parser of everything, whose `subparsers` are those of all commands."""
+    return _parser(COMMANDS)
+
+
+def _parser(wanted: Collection[str]) -> Parser:
+    """Importing every command for its arguments would slow each of them down: only these are
+    complete."""
+    parser = Parser(
         prog="blktrack",
         description="Replicate live block devices by the sector ranges that changed.",
-        epilog="Each command has its own --help. "
-        "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 resync needed or not tracked, "
-        "4 no consistent point, 5 differences found, 6 busy, 128+N stopped by signal N.",
-        allow_abbrev=False,
+        usage="%(prog)s [--help] [--version] COMMAND ...",
     )
-    version = f"blktrack {__version__} (kernel {platform.release()})"
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Importing every command for its arguments would slow each of them down.
-    chosen = next((word for word in words if not word.startswith("-")), None)
+    parser.exits = EXITS
+    parser.epilog = (
+        "blktrack COMMAND --help tells more of each, with examples and exit codes. To begin: "
+        "blktrack doctor, blktrack track DEVICE, blktrack sync DEVICE TARGET."
+    )
+    parser.add_argument("--version", action=Version, help="show all versions that matter and exit")
+    commands = parser.add_subparsers(
+        title="commands", prog="blktrack", dest="command", metavar="COMMAND"
+    )
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=summary,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name == chosen:
+        command = commands.add_parser(name, help=summary)
+        if name in wanted:
             module = _module(name)
-            command.description = module.__doc__
+            command.describe(module.__doc__ or "", getattr(module, "EXITS", ()))
             module.arguments(command)
-    return parser.parse_args(words)
+    return parser
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    parser = _parser([chosen] if chosen in COMMANDS else [])
+    args, left = parser.parse_known_args(words)
+    if left:
+        args.parser_.refuse(left)
+    if not args.command:
+        raise Misused("a command is missing", program=parser.prog)
+    return args

@@ -11,6 +11,8 @@ import argparse
 from blktrack.cli.common import add_json, emit, store
 from blktrack.tracker import status
 
+EXITS = {"3": "the device is not tracked"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="a tracked device")

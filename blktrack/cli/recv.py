@@ -23,6 +23,8 @@ from blktrack.report import RecvReport
 from blktrack.ship.receive import receive
 from blktrack.units import format_duration, format_size
 
+EXITS = ("6", "128+N")
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", type=target, help="a device or a file")

@@ -31,6 +31,7 @@ from blktrack.report import SendReport
 from blktrack.send import commit, send
 from blktrack.units import format_duration, format_size
 
+EXITS = ("3", "4", "6", "128+N")
 _BEST = 19  # zstd's highest level without options of its own
 
 

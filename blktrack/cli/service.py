@@ -1,6 +1,6 @@
-"""Install the systemd unit that tracks on at boot and stops cleanly at shutdown, ordered against
-the mounts of the devices tracked now. Run it again after a tracked device was given a new name, as
-mkfs does; track and untrack renew it by themselves.
+"""The systemd unit that tracks on at boot and stops cleanly at shutdown, ordered against the mounts
+of the devices tracked now. Install it again after a tracked device was given a new name, as mkfs
+does; track and untrack renew it by themselves.
 
   blktrack service show
   blktrack service install
@@ -16,12 +16,24 @@ from blktrack import systemd
 from blktrack.cli.common import store
 from blktrack.tracker.tracker import wanted_devices
 
+_ACTIONS = {
+    "show": "Print the unit and its drop-in, and change nothing.",
+    "install": "Write the unit and its drop-in, or renew them.",
+    "remove": "Take the unit and its drop-in back. Devices stay tracked until the next boot.",
+}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["show", "install", "remove"])
-    parser.add_argument(
-        "--to", type=Path, metavar="DIR", default=systemd.WHERE, help="(default: %(default)s)"
-    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, what in _ACTIONS.items():
+        action = actions.add_parser(
+            name,
+            help=what.partition(".")[0].lower(),
+            description=f"{what}\n\nblktrack service {name}",
+        )
+        action.add_argument(
+            "--to", type=Path, metavar="DIR", default=systemd.WHERE, help="(default: %(default)s)"
+        )
 
 
 def run(args: argparse.Namespace) -> int:

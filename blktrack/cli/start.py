@@ -14,6 +14,8 @@ from blktrack.cli.common import add_json, add_quiet, emit, store
 from blktrack.report import ServiceReport
 from blktrack.tracker import service
 
+EXITS = ("3",)
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", nargs="?", help="only this one")

@@ -21,6 +21,8 @@ from blktrack.ship.tell import replica_status
 from blktrack.tracker.status import status
 from blktrack.units import format_duration, format_size
 
+EXITS = {"3": "the device is not tracked, and the file no replica"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

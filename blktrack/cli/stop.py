@@ -15,6 +15,7 @@ from blktrack.cli.start import exit_code, show
 from blktrack.report import ServiceReport
 from blktrack.tracker import service
 
+EXITS = ("3", "6")
 _CODES = {"failed": 1, "in use": 6}
 
 

@@ -29,6 +29,8 @@ from blktrack.report import SyncReport
 from blktrack.sync import sync
 from blktrack.units import format_duration, format_size
 
+EXITS = ("3", "4", "6", "128+N")
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="a tracked device")

@@ -10,6 +10,8 @@ import argparse
 from blktrack.cli.common import add_quiet, renew_unit, store
 from blktrack.tracker import tracker
 
+EXITS = {"3": "the device is not tracked"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="a tracked device")

@@ -18,6 +18,12 @@ from blktrack.report import VerifyReport
 from blktrack.units import format_size
 from blktrack.verify import repair, verify
 
+EXITS = {
+    "3": "the device is not tracked (with --repair)",
+    "5": "the replica differs from its device",
+    "6": "busy: another run holds the replica",
+    "128+N": "stopped by signal N",
+}
 _SHOWN = 10
 
 
