@@ -101,6 +101,58 @@ class SendReport(Report):
 
 
 @dataclass
+class Totals(Report):
+    """Of all runs of a link, those included that its history no longer has."""
+
+    runs: int = 0
+    busy: int = 0  # gave way to a run that had not ended
+    failures: int = 0  # other runs that ended without a point
+    failures_in_a_row: int = 0  # since the last success
+    resyncs: int = 0
+    rounds: int = 0
+    bytes_changed: int = 0
+    bytes_shipped: int = 0
+    bytes_zeroed: int = 0
+    bytes_wire: int = 0
+    freeze_s: float = 0.0
+    last_freeze_s: float = 0.0  # of the last success
+    succeeded: float | None = None  # when that ended
+
+
+@dataclass
+class Run(Report):
+    """What one `sync` or `send` did. Of one that failed no figures are known."""
+
+    command: str
+    link: str  # name; "" if it failed before there was one
+    target: str  # "": a stream
+    begun: float
+    duration_s: float
+    exit: int
+    error: str
+    mode: str = ""
+    reason: str = ""
+    consistency: str = ""
+    epoch: int | None = None
+    point: float | None = None
+    rounds: int = 0
+    extents: int = 0
+    bytes_changed: int = 0
+    bytes_shipped: int = 0
+    bytes_zeroed: int = 0
+    bytes_wire: int = 0
+    freeze_s: float = 0.0
+    totals: Totals = field(default_factory=Totals)  # up to this run
+
+
+@dataclass
+class HistoryReport(Report):
+    device: str
+    runs: list[Run]  # newest last
+    damaged: int  # lines of the history that could not be read
+
+
+@dataclass
 class CommitReport(Report):
     link: str
     epoch: int

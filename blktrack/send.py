@@ -14,7 +14,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from blktrack import crash, extent
+from blktrack import crash, extent, history
 from blktrack.durable import lock
 from blktrack.errors import BlktrackError, Refused, UsageError
 from blktrack.options import Observer, Options
@@ -111,15 +111,22 @@ def send(
 
     After any error the stream is cut off, and no receiver takes it.
     """
-    begun = time.monotonic()
     state, device = find(store, path)
-    link = find_link(store, state.id, name) or LinkState(str(uuid.uuid4()), name, "")
-    with lock(store.link_lock(state.id, link.id), what=str(link)):
-        link = find_link(store, state.id, name) or link  # as it is now
-        current = Stream(store, device, state.id, link, options, file, level)
+    with history.recorded(store, state.id, "send", link=name, warn=observer.warn) as record:
+        link = find_link(store, state.id, name) or LinkState(str(uuid.uuid4()), name, "")
+        report = _send(Stream(store, device, state.id, link, options, file, level), observer)
+        record(report)
+    return report
+
+
+def _send(current: Stream, observer: Observer) -> SendReport:
+    begun = time.monotonic()
+    store, number, link = current.store, current.number, current.link
+    with lock(store.link_lock(number, link.id), what=str(link)):
+        link = current.link = find_link(store, number, link.name) or link  # as it is now
         try:
             plan, sets = current.prepare()
-            with sets, Watch(options.stop, device, None):
+            with sets, Watch(current.options.stop, current.device, None):
                 observer.phase(plan.mode, extent.total(plan.extents))
                 shipped = current.ship(plan, sets, observer)
         except Gap as gap:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from blktrack import crash, extent
+from blktrack import crash, extent, history
 from blktrack.durable import lock
 from blktrack.errors import Interrupted, NoPoint, Refused
 from blktrack.options import Observer, Options
@@ -24,6 +24,7 @@ from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
 from blktrack.ship.room import room
 from blktrack.state import DeviceState, LinkState, Store
+from blktrack.sysfs import BlockDevice
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.status import resync_reason
 from blktrack.tracker.tracker import find
@@ -36,11 +37,21 @@ def sync(
 ) -> tuple[SyncReport, Shipped]:
     """Bring the replica at `target` to a point of the device at `path`."""
     begun = time.monotonic()
-    try:
-        plan, shipped = _bring(store, path, target, options, observer)
-    except ApplyStopped as error:
-        raise Interrupted(str(error), signum=options.signum, hint=error.hint) from error
-    report = SyncReport(
+    state, device = find(store, path)
+    with history.recorded(store, state.id, "sync", target=target, warn=observer.warn) as record:
+        try:
+            plan, shipped = _bring(
+                store, state.id, device, target, options=options, observer=observer
+            )
+        except ApplyStopped as error:
+            raise Interrupted(str(error), signum=options.signum, hint=error.hint) from error
+        report = _report(plan, shipped, time.monotonic() - begun)
+        record(report)
+    return report, shipped
+
+
+def _report(plan: Plan, shipped: Shipped, duration_s: float) -> SyncReport:
+    return SyncReport(
         mode=plan.mode,
         reason=plan.reason,
         consistency=shipped.point.consistency,
@@ -53,16 +64,20 @@ def sync(
         bytes_zeroed=shipped.bytes_zeroed,
         bytes_wire=0,
         freeze_s=shipped.freeze_s,
-        duration_s=time.monotonic() - begun,
+        duration_s=duration_s,
     )
-    return report, shipped
 
 
 def _bring(
-    store: Store, path: str, target: str, options: Options, observer: Observer
+    store: Store,
+    number: str,
+    device: BlockDevice,
+    target: str,
+    *,
+    options: Options,
+    observer: Observer,
 ) -> tuple[Plan, Shipped]:
-    state, device = find(store, path)
-    known = _find_link(store, state.id, target)
+    known = _find_link(store, number, target)
     with (
         Replica.open(
             target,
@@ -72,12 +87,12 @@ def _bring(
             force=options.force,
             stop=options.stop,
         ) as replica,
-        lock(store.link_lock(state.id, replica.link), what=f"the link to {target}"),
+        lock(store.link_lock(number, replica.link), what=f"the link to {target}"),
     ):
         # Read anew: whoever had it until now may have moved the cursor.
-        link = _find_link(store, state.id, target)
-        link = link or _new_link(store, state.id, target, replica)
-        current = Replication(store, device, state.id, link, options, replica)
+        link = _find_link(store, number, target)
+        link = link or _new_link(store, number, target, replica)
+        current = Replication(store, device, number, link, options, replica)
         try:
             return _ship(current, observer)
         except Gap:

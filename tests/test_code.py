@@ -50,6 +50,7 @@ FLOORS = {
     "ship.tell": 4,
     "ship.room": 3,
     "tracker": 3,
+    "history": 3,
     "doctor": 3,
     "quiesce": 3,
     "capture": 4,
