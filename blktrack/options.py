@@ -6,10 +6,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from blktrack.history import KEEP
 from blktrack.quiesce.freeze import CAP
 from blktrack.rates import UNLIMITED, Rates
-
-KEPT = 90 * 86400.0
 
 
 class Observer(Protocol):
@@ -38,6 +37,6 @@ class Options:
     cap: float = CAP  # seconds that a freeze may last
     pre: tuple[str, ...] = ()  # hooks, run before a freeze: for `filesystem` always, mounted or not
     post: tuple[str, ...] = ()  # and after it, on every way out
-    history: float = KEPT  # seconds for which what runs did is remembered
+    history: float = KEEP  # seconds for which what runs did is remembered
     stop: threading.Event = field(default_factory=threading.Event)
     signum: int = 0  # set together with `stop`

@@ -112,7 +112,10 @@ def send(
     After any error the stream is cut off, and no receiver takes it.
     """
     state, device = find(store, path)
-    with history.recorded(store, state.id, "send", link=name, warn=observer.warn) as record:
+    kept = options.history
+    with history.recorded(
+        store, state.id, "send", link=name, keep=kept, warn=observer.warn
+    ) as record:
         link = find_link(store, state.id, name) or LinkState(str(uuid.uuid4()), name, "")
         report = _send(Stream(store, device, state.id, link, options, file, level), observer)
         record(report)

@@ -38,7 +38,10 @@ def sync(
     """Bring the replica at `target` to a point of the device at `path`."""
     begun = time.monotonic()
     state, device = find(store, path)
-    with history.recorded(store, state.id, "sync", target=target, warn=observer.warn) as record:
+    kept = options.history
+    with history.recorded(
+        store, state.id, "sync", target=target, keep=kept, warn=observer.warn
+    ) as record:
         try:
             plan, shipped = _bring(
                 store, state.id, device, target, options=options, observer=observer

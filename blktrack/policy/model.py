@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blktrack.options import KEPT, Options
+from blktrack.history import KEEP
+from blktrack.options import Options
 from blktrack.quiesce.freeze import CAP
 from blktrack.rates import UNLIMITED, Rates
 
@@ -30,7 +31,7 @@ class LinkPolicy:
     post_freeze: tuple[str, ...] = ()
     in_place: bool = False
     rates: Rates = UNLIMITED
-    history: float = KEPT  # for which runs are remembered
+    history: float = KEEP  # for which runs are remembered
     rpo: float | None = None  # the promised age of the newest point
     rpo_warning: float | None = None  # from this age on it is late
     rpo_error: float | None = None  # and from this one the promise is broken
