@@ -43,7 +43,10 @@ class BitFile:
             if create:
                 self._truncate()
             if os.fstat(self._fd).st_size < self.size:
-                raise BlktrackError(f"{path} is not the pending set of this device")
+                raise BlktrackError(
+                    f"{path} is not the pending set of this device, but shorter",
+                    hint="blktrack untrack its device, then track it: the next sync is a resync",
+                )
             self._memory = mmap.mmap(self._fd, self.size)
         except BaseException:
             os.close(self._fd)

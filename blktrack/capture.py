@@ -99,7 +99,10 @@ class Source:
             Tracking(self.store, self._state(), self.device) as tracking,
         ):
             if tracking.state.generation != before.generation:
-                raise Gap(f"{self.device.path}: tracking began anew while it was read")
+                raise Gap(
+                    f"{self.device.path}: tracking began anew while it was read",
+                    hint="run it again",
+                )
             swap = tracking.drain()
             if self._has_grown:
                 # The sets that are open here end too early: to take from them would lose changes.

@@ -15,6 +15,8 @@ from typing import Any
 from blktrack import crash
 from blktrack.errors import BlktrackError, Busy
 
+_MOVE = "move {path} away; the next sync starts over from what is left"
+
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace `path`: after a crash at any step it holds the old value or the new one, whole."""
@@ -50,16 +52,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise BlktrackError(f"cannot read {path}: {error.strerror}") from error
+        raise BlktrackError(
+            f"cannot read {path}: {error.strerror}",
+            hint="see that it can be read: by whom it may be, and the kernel log for its disk",
+        ) from error
     try:
         value = json.loads(raw)
     except ValueError as error:
         raise BlktrackError(
             f"{path} is damaged: {error}",
-            hint=f"move {path} away; the next sync starts over from what is left",
+            hint=_MOVE.format(path=path),
         ) from error
     if not isinstance(value, dict):
-        raise BlktrackError(f"{path} is damaged: not an object", hint=f"move {path} away")
+        raise BlktrackError(
+            f"{path} is damaged: it holds no JSON object", hint=_MOVE.format(path=path)
+        )
     return value
 
 

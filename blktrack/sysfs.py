@@ -59,7 +59,10 @@ class BlockDevice:
     def of_number(cls, major: int, minor: int, path: str = "") -> BlockDevice:
         link = SYSFS / f"dev/block/{major}:{minor}"
         if not link.exists():
-            raise UsageError(f"{path or f'{major}:{minor}'} has no device behind it")
+            raise UsageError(
+                f"{path or f'{major}:{minor}'} has no device behind it",
+                hint="connect it, or take another (lsblk)",
+            )
         folder = link.resolve()
         name = folder.name
         return cls(path or f"/dev/{name.replace('!', '/')}", name, folder, (major, minor))

@@ -50,7 +50,10 @@ def compile_programs(text: str) -> dict[str, bytes]:
     try:
         module = bpf(text=text.encode(), cflags=[f"-I{_HERE}", "-Wno-unused-function"])
     except Exception as error:  # bcc raises the bare class; its own messages are on standard error
-        raise BlktrackError(f"bcc cannot compile the tracking programs: {error}") from error
+        raise BlktrackError(
+            f"bcc cannot compile the tracking programs: {error}",
+            hint="its own messages are above; blktrack doctor tells what this host lacks",
+        ) from error
     programs = {}
     for name in PROGRAMS:
         start = lib.bpf_function_start(module.module, name.encode())

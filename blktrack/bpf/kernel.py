@@ -28,7 +28,7 @@ from blktrack.bpf import abi, libbpf
 from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.planes import Geometry, Planes, Reading, possible_cpus, stats_reader
 from blktrack.errors import BlktrackError
-from blktrack.units import SECTOR
+from blktrack.units import SECTOR, format_size
 
 BY_KIND = {
     abi.KIND_REQUEST: ("blk_rq_issue", "blk_rq_complete"),
@@ -129,7 +129,8 @@ class Kernel:
         free = next((slot for slot in range(abi.SLOTS) if self.window(slot) is None), None)
         if free is None:
             raise BlktrackError(
-                f"{abi.SLOTS} devices are tracked already", hint="untrack one that is not needed"
+                f"{abi.SLOTS} devices are tracked already, which is the most there can be",
+                hint="blktrack untrack one that is not needed (blktrack status lists them)",
             )
         self._relink()  # a death in `remove` may have left the free slot in a chain
         geometry = window.geometry
@@ -142,7 +143,7 @@ class Kernel:
             libbpf.update(self._fds["planes"], _key(free), _key(fds[0]))
         except OSError as error:
             raise BlktrackError(
-                f"no kernel memory for the dirty maps ({2 * geometry.map_bytes} bytes): "
+                f"no kernel memory for the dirty maps ({format_size(2 * geometry.map_bytes)}): "
                 f"{error.strerror}",
                 hint="choose a larger --granularity",
             ) from error

@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except OSError as error:
-        _complain(str(error) or type(error).__name__, "see the kernel log if this is unexpected")
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _complain(what or type(error).__name__, "see the kernel log if this is unexpected")
         return 1
 
 

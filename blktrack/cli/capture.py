@@ -56,7 +56,7 @@ def _cap(text: str) -> float:
         value = math.nan
     if not 0 < value <= CAP_MOST:
         raise argparse.ArgumentTypeError(
-            f"must be a number of seconds above 0 and at most {CAP_MOST:g}"
+            f"{text!r} is not a number of seconds above 0 and at most {CAP_MOST:g}"
         )
     return value
 
@@ -84,9 +84,15 @@ def capture_options(args: argparse.Namespace, policy: Options | None = None) -> 
 def _refuse_contradictions(args: argparse.Namespace, options: Options) -> None:
     """A hook that would never run, or a freeze that is both asked for and forbidden."""
     if options.consistency == "filesystem" and not options.freeze:
-        raise UsageError("--consistency filesystem needs the freeze that --no-freeze forbids")
+        raise UsageError(
+            "--consistency filesystem needs the freeze that --no-freeze forbids",
+            hint="leave one of them out",
+        )
     if options.consistency == "none" or not options.freeze:
         if args.pre_freeze or args.post_freeze:
             why = "--consistency none" if options.freeze else "--no-freeze"
-            raise UsageError(f"with {why} nothing is frozen, and no hook would run")
+            raise UsageError(
+                f"with {why} nothing is frozen, and no hook would run",
+                hint=f"leave out {why}, or --pre-freeze and --post-freeze",
+            )
         options.pre = options.post = ()

@@ -47,7 +47,7 @@ def size(text: str) -> int:
     except UsageError as error:
         raise argparse.ArgumentTypeError(f"{error}; {error.hint}") from error
     if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1 byte")
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1 byte")
     return value
 
 
@@ -65,9 +65,11 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
 def target(text: str) -> str:
     """argparse type: a TARGET in the form in which links remember it."""
     if text.startswith("ssh://"):
-        raise argparse.ArgumentTypeError("replicas on other hosts are not supported yet")
+        raise argparse.ArgumentTypeError(
+            "replicas on other hosts are not supported yet; blktrack send and recv reach them"
+        )
     if not text:
-        raise argparse.ArgumentTypeError("is empty")
+        raise argparse.ArgumentTypeError("it is empty; name a device or a file")
     return os.path.abspath(text)
 
 

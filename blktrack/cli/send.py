@@ -109,11 +109,13 @@ def describe(report: SendReport, device: str) -> str:
 
 def _epoch(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError("is not an epoch, which is a number")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an epoch, which is a number: the one that blktrack recv named"
+        )
     return int(text)
 
 
 def _level(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= _BEST:
-        raise argparse.ArgumentTypeError(f"is not a level from 1 to {_BEST}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a level from 1 to {_BEST}")
     return int(text)

@@ -200,7 +200,11 @@ def signature(path: str) -> Signature:
     if done.returncode == 8:
         return Signature(kind="several that contradict each other")
     if done.returncode != 0:
-        raise BlktrackError(f"cannot tell what {path} holds: blkid: {done.stderr.strip()}")
+        said = done.stderr.strip() or f"it ended with code {done.returncode}"
+        raise BlktrackError(
+            f"cannot tell what {path} holds: blkid: {said}",
+            hint=f"run blkid -p {path} to see what ails it; it has to be readable",
+        )
     found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     keys = ("TYPE", "USAGE", "UUID", "PTTYPE", "PTUUID")
     return Signature(*(found.get(key, "") for key in keys))

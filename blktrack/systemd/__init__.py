@@ -103,5 +103,8 @@ def _run(*command: str) -> str:
             hint="run blktrack start before file systems are mounted, stop after",
         ) from error
     if done.returncode:
-        raise BlktrackError(f"{' '.join(command[:3])} failed: {done.stderr.strip()}")
+        said = done.stderr.strip() or f"it ended with code {done.returncode}"
+        raise BlktrackError(
+            f"{' '.join(command[:3])} failed: {said}", hint="run it by hand to see what it needs"
+        )
     return done.stdout

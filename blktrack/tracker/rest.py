@@ -21,7 +21,7 @@ from blktrack.bitmap import Words
 from blktrack.state import DeviceState, Epoch, Rest, Store
 from blktrack.sysfs import BlockDevice, boot_id
 from blktrack.tracker import generation
-from blktrack.tracker.tracking import Gap, Tracking
+from blktrack.tracker.tracking import BEGIN_ANEW, Gap, Tracking
 from blktrack.units import SECTOR, format_size
 from blktrack.use import InUse, claimed
 
@@ -88,7 +88,7 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
     except (Gap, InUse) as error:
         generation.end(store, state, f"stopped, and when tracking was to go on {error}")
         store.drop_rest(state.id)
-        raise Gap(f"{device.path}: {state.doubts[-1].reason}") from error
+        raise Gap(f"{device.path}: {state.doubts[-1].reason}", hint=BEGIN_ANEW) from error
     store.drop_rest(state.id)
 
 

@@ -77,14 +77,16 @@ def wanted_devices(store: Store) -> list[BlockDevice]:
 
 def find_any(store: Store, path: str) -> tuple[DeviceState, BlockDevice | None]:
     """A device by path even if it is away or no longer a fit source."""
+    hint = "blktrack status lists the devices that are"
     with contextlib.suppress(UsageError):
         device = BlockDevice.find(path)
         if state := store.device(device_id(device)):
             return state, device
+        hint = f"run blktrack track {path} first"
     for state in store.devices():
         if state.path == path:
             return state, None
-    raise NotTracked(f"{path} is not tracked", hint=f"run blktrack track {path} first")
+    raise NotTracked(f"{path} is not tracked", hint=hint)
 
 
 def present(state: DeviceState) -> BlockDevice | None:

@@ -23,6 +23,8 @@ from blktrack.tracker.absorb import absorb
 from blktrack.tracker.account import Account
 from blktrack.tracker.generation import end, window_of
 
+BEGIN_ANEW = "run blktrack sync: it begins anew and resyncs the replica"
+
 
 class Gap(BlktrackError):
     """The generation is over: its reason is recorded, and a new one has to begin."""
@@ -74,7 +76,7 @@ class Tracking:
             end(self.store, self.state, reason)
         raise Gap(
             f"{self.device.path}: {reason}",
-            hint="run blktrack sync: it begins anew and resyncs the replica",
+            hint=BEGIN_ANEW,
         )
 
     def _open(self) -> str | None:
