@@ -141,7 +141,7 @@ PROBES: dict[str, Probe] = {
     "systemd": functools.partial(tool, "systemd-analyze"),
     **{
         name: functools.partial(tool, name)
-        for name in ("blktrace", "fio", "gcc", "rsync", "sfdisk", "sqlite3")
+        for name in ("blktrace", "fio", "gcc", "man", "mandoc", "rsync", "sfdisk", "sqlite3", "zsh")
     },
 }
 

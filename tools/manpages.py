@@ -19,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+os.environ.pop("BLKTRACK_ROOT", None)  # the pages are of the host's own instance
+
 from blktrack import __version__
 from blktrack.cli import COMMANDS, parsers
 from blktrack.cli.parser import Parser

@@ -19,11 +19,14 @@ dev_packages=(
     fio            # tests, benchmark: load
     gcc            # benchmark: the minimal C program that copying is measured against
     libc6-dev      # its headers
+    man-db         # tests: man and lexgrog read the man pages
+    mandoc         # tests: its lint reads them too
     postgresql     # tests: a database that is replicated while it is written
     rsync          # benchmark: what an incremental sync is measured against
     systemd        # tests: systemd-analyze reads the unit as systemd will
     sqlite3        # demo: the database that is written while it is replicated
     xfsprogs       # tests: mkfs.xfs, xfs_repair
+    zsh            # tests: completion
 )
 
 # Keeps Debian's postgresql from making a server of its own on this host; there during the install.

@@ -33,6 +33,7 @@ COMMANDS = {
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",
     "service": "the systemd unit that does both",
+    "completion": "what a shell needs to complete commands and options",
     "help": "what a command does, as its --help",
 }
 _NEEDS_ROOT = set(COMMANDS) - {"doctor", "config", "help", "completion"}

@@ -118,6 +118,14 @@ class Parser(argparse.ArgumentParser):
         return {}
 
     @property
+    def summaries(self) -> dict[str, str]:
+        """What is told of each of those in a list."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                return {choice.dest: choice.help or "" for choice in action._choices_actions}
+        return {}
+
+    @property
     def arguments(self) -> list[argparse.Action]:
         """In the order of their adding."""
         return list(self._actions)
