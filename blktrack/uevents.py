@@ -148,7 +148,8 @@ def _subscribe(held: contextlib.ExitStack) -> Any:
         from pyroute2.netlink.uevent import UeventSocket
 
         source = held.enter_context(contextlib.closing(UeventSocket()))
-        source.bind(groups=_KERNEL_GROUP)
+        # The class's own bind() takes no groups before 0.9, and joins udev's as well.
+        super(UeventSocket, source).bind(groups=_KERNEL_GROUP)
     except Exception:  # no netlink, no permission, another release: every second is good enough
         return None
     return source
