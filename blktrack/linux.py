@@ -53,6 +53,9 @@ FALLOC_FL_ZERO_RANGE = 0x10
 # linux/fcntl.h, linux/fs.h
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+
 # linux/stat.h
 AT_EMPTY_PATH = 0x1000
 STATX_DIOALIGN = 0x2000
@@ -105,6 +108,13 @@ def freeze(fd: int) -> None:
 def thaw(fd: int) -> None:
     """Undo `freeze`, whoever did it. EINVAL: it is not frozen, or not yet."""
     fcntl.ioctl(fd, FITHAW, 0)
+
+
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when the thread that forked it ends."""
+    if _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def sync_filesystem(fd: int) -> None:

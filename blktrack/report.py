@@ -82,6 +82,31 @@ class SyncReport(Report):
 
 
 @dataclass
+class LinkOutcome(Report):
+    """What became of one replica in `sync --all`."""
+
+    device: str  # path
+    name: str  # "data.nas": of the device and of the replica, in the policy
+    target: str
+    exit: int
+    error: str  # "" if it was synced
+    hint: str
+    report: SyncReport | None  # None if it was not
+    warnings: list[str]
+    point: float | None  # that its last successful sync reached, this one or an earlier one
+    lag_s: float | None
+    rpo_s: float | None  # the promised age; None: nothing is promised
+    promise: str  # ok, late, broken; "" where nothing is promised
+
+
+@dataclass
+class FleetReport(Report):
+    links: list[LinkOutcome]  # in the order of the policy
+    exit: int  # the worst
+    duration_s: float
+
+
+@dataclass
 class SendReport(Report):
     link: str
     mode: str  # initial, incremental, resync: all of it again, nothing

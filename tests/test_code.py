@@ -60,6 +60,8 @@ FLOORS = {
     "sync": 6,
     "send": 6,
     "verify": 7,
+    "fleet": 7,
+    "told": 3,
     "cli": 8,
     "__main__": 9,  # python -m blktrack: calls cli
 }

@@ -5,6 +5,11 @@ changed, after a doubt by comparing.
   blktrack sync /dev/vg0/data /dev/vg1/data --limit 50M --quiet
   blktrack sync /dev/sdb /backup/sdb.img --consistency filesystem \\
       --pre-freeze 'mydb --hold' --post-freeze 'mydb --go-on'
+  blktrack sync --all --quiet --remind 4h
+
+With --all it syncs every enabled replica of the policy file: devices side by side, those of one
+device in turn. What fails of one stops no other; the exit code is the worst: that of a signal, else
+the first there is of 1, 2, 3, 4, 6, 0.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from blktrack.cli.common import (
     target,
 )
 from blktrack.cli.progress import Watcher
+from blktrack.cli.remind import add_remind, reminded
+from blktrack.errors import UsageError
 from blktrack.policy import load
 from blktrack.report import SyncReport
 from blktrack.sync import sync
@@ -33,8 +40,22 @@ EXITS = ("3", "4", "6", "128+N")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("device", metavar="DEVICE", help="a tracked device")
-    parser.add_argument("target", metavar="TARGET", type=target, help="a device or a file")
+    parser.usage = (
+        "blktrack sync DEVICE TARGET [option ...]\n       blktrack sync --all [option ...]"
+    )
+    parser.add_argument("device", metavar="DEVICE", nargs="?", help="a tracked device")
+    parser.add_argument(
+        "target", metavar="TARGET", nargs="?", type=target, help="a device or a file"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every enabled replica of the policy file"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_jobs,
+        metavar="N",
+        help="with --all: devices at a time (default: what the policy says, or 4)",
+    )
     parser.add_argument("--full", action="store_true", help="copy everything again")
     parser.add_argument(
         "--no-resync", action="store_true", help="exit 3 instead of comparing everything"
@@ -52,9 +73,49 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_capture(parser)
     add_json(parser)
     add_quiet(parser)
+    add_remind(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.all:
+        from blktrack.cli import fleet
+
+        _refuse_with_all(args)
+        return reminded(args, "sync --all", lambda: fleet.run(args))
+    if not args.device or not args.target:
+        raise UsageError(
+            "sync needs a DEVICE and a TARGET, or --all", hint="see blktrack sync --help"
+        )
+    if args.jobs:
+        raise UsageError("--jobs is for --all", hint="remove it")
+    return reminded(args, args.target, lambda: _run(args))
+
+
+def _jobs(text: str) -> int:
+    """argparse type: how many devices at a time."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a number of at least 1")
+    return int(text)
+
+
+def _refuse_with_all(args: argparse.Namespace) -> None:
+    """What is said of one replica here is said of each in the policy."""
+    if args.device:
+        raise UsageError(
+            f"with --all no DEVICE is named, and {args.device} was",
+            hint="its replicas are those of the policy; leave out --all to sync one",
+        )
+    one = ("full", "force", "in_place", "consistency", "freeze", "freeze_cap")
+    for name in (*one, "pre_freeze", "post_freeze"):
+        if getattr(args, name) not in (None, False) or (name == "freeze" and args.freeze is False):
+            option = "--no-freeze" if name == "freeze" else f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for a single replica, and --all syncs many",
+                hint="say it in the policy, or sync that one by blktrack sync DEVICE TARGET",
+            )
+
+
+def _run(args: argparse.Namespace) -> int:
     link = load(paths().policy).link(args.device, args.target)
     options = capture_options(args, link.options() if link else None)
     options.full, options.force, options.no_resync = args.full, args.force, args.no_resync

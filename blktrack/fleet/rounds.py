@@ -1,0 +1,199 @@
+"""One round of every link of the policy.
+
+Those of one device follow each other, as they share its maps; devices go side by side. Processes
+share nothing but the locks that every command takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+from blktrack import durable
+from blktrack.errors import Busy
+from blktrack.fleet.child import Child, Message
+from blktrack.fleet.outcome import jobs_of, judge, outcome, worst
+from blktrack.fleet.work import Settings, work
+from blktrack.options import Options
+from blktrack.report import FleetReport, LinkOutcome, SyncReport
+
+_TICK = 0.2  # seconds
+
+
+class FleetWatcher(Protocol):
+    """Who watches a round. Links go by their names in the policy."""
+
+    def phase(self, link: str, name: str, total: int) -> None:
+        """A phase of `total` bytes begins."""
+
+    def done(self, link: str, count: int) -> None:
+        """So many bytes of the phase are dealt with."""
+
+    def warn(self, link: str, message: str) -> None:
+        """Something went wrong that the operator has to see to."""
+
+    def ended(self, found: LinkOutcome) -> None:
+        """It was synced, or it was not."""
+
+    def tick(self) -> None:
+        """Some time has passed."""
+
+
+def sync_all(settings: Settings, watcher: FleetWatcher) -> tuple[FleetReport, bool]:
+    """Sync every enabled link; also whether a device was tracked that had not been.
+
+    What fails of one link is told in its outcome. Busy if another round is under way.
+    """
+    begun = time.monotonic()
+    rounds = Rounds(settings, watcher)
+    with _alone(settings.store.paths.run), settings.guard(rounds.ending):
+        rounds.run()
+    judge(settings.store, rounds.jobs, rounds.outcomes)
+    code = worst(found.exit for found in rounds.outcomes)
+    return FleetReport(rounds.outcomes, code, time.monotonic() - begun), rounds.tracked
+
+
+class Rounds:
+    def __init__(self, settings: Settings, watcher: FleetWatcher) -> None:
+        self.settings, self.watcher = settings, watcher
+        self.jobs = jobs = jobs_of(settings.policy)
+        self.outcomes = [outcome(job) for job in jobs]
+        self.ending = Options()  # signals set its `stop`
+        self.tracked = False
+        numbers = groupby(range(len(jobs)), key=lambda number: jobs[number].device.name)
+        self._waiting = deque(deque(each) for _, each in numbers)  # by device
+        self._running: dict[int, tuple[int, Child, deque[int]]] = {}  # by descriptor
+        self._poll = select.poll()
+
+    def run(self) -> None:
+        try:
+            while self._running or self._waiting:
+                self._step()
+        finally:
+            for _, child, _ in self._running.values():  # whoever watches has failed
+                child.tell(signal.SIGTERM)
+                child.reap()
+
+    def _step(self) -> None:
+        if self.ending.stop.is_set():
+            self._end()
+        limit = self.settings.jobs or self.settings.policy.jobs
+        while self._waiting and len(self._running) < limit:
+            self._begin(self._waiting.popleft())
+        for fd, _ in self._poll.poll(_TICK * 1000):
+            self._hear(fd)
+        self.watcher.tick()
+
+    def _begin(self, numbers: deque[int]) -> None:
+        """The next link of a device."""
+        number = numbers.popleft()
+        try:
+            child = Child.begin(partial(work, self.settings, self.jobs[number]))
+        except OSError as error:
+            words = f"no process can be had for it: {error.strerror}"
+            self._fail(number, words, "free memory, or raise the limit of processes", 1)
+            self._ended(number, numbers)
+            return
+        self._running[child.fd] = number, child, numbers
+        self._poll.register(child.fd, select.POLLIN)
+
+    def _hear(self, fd: int) -> None:
+        number, child, numbers = self._running[fd]
+        messages, more = child.read()
+        for message in messages:
+            self._take(number, message)
+        if more:
+            return
+        self._poll.unregister(fd)
+        del self._running[fd]
+        code, found = child.reap(), self.outcomes[number]
+        if found.report is None and not found.error:
+            self._died(number, code)
+        self._ended(number, numbers)
+
+    def _ended(self, number: int, numbers: deque[int]) -> None:
+        """The other links of the device go before other devices."""
+        self.watcher.ended(self.outcomes[number])
+        if numbers:
+            self._waiting.appendleft(numbers)
+
+    def _take(self, number: int, message: Message) -> None:
+        found = self.outcomes[number]
+        match message.pop("kind"):
+            case "phase":
+                self.watcher.phase(found.name, message["name"], message["total"])
+            case "done":
+                self.watcher.done(found.name, message["count"])
+            case "warn":
+                found.warnings.append(message["message"])
+                self.watcher.warn(found.name, message["message"])
+            case "tracked":
+                self.tracked = True
+            case "report":
+                found.report = SyncReport(**message)
+            case "error":
+                self._fail(number, message["error"], message["hint"], message["exit"])
+
+    def _fail(self, number: int, error: str, hint: str, code: int) -> None:
+        found = self.outcomes[number]
+        found.error, found.hint, found.exit = error, hint, code
+
+    def _died(self, number: int, code: int) -> None:
+        """Without a word: killed, by the kernel for want of memory perhaps."""
+        how = f"was killed by {_signal(-code)}" if code < 0 else f"ended with code {code}"
+        hint = "see the kernel log; nothing is lost, the next sync goes on where it stopped"
+        self._fail(number, f"its process {how}", hint, 1)
+
+    def _end(self) -> None:
+        """What runs ends as it would by itself; what has not begun does not."""
+        signum = self.ending.signum
+        while self._waiting:
+            for number in self._waiting.popleft():
+                words = f"it was not begun: {_signal(signum)} had ended the run"
+                self._fail(number, words, "run it again", 128 + signum)
+                self.watcher.ended(self.outcomes[number])
+        for _, child, _ in self._running.values():
+            child.tell(signum)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Rounds do not overlap. A death lets go of the lock; the note is for the words of others."""
+    note = run / "all.json"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(durable.lock(run / "all.lock", what="sync --all"))
+        except Busy as error:
+            raise _overlap(note) from error
+        durable.write_json(note, {"pid": os.getpid(), "time": time.time()})
+        yield
+
+
+def _overlap(note: Path) -> Busy:
+    raw = durable.read_json(note) or {}
+    began, pid = raw.get("time"), raw.get("pid")
+    since = ""
+    if isinstance(began, float):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
+        since = f", process {pid} since {when}"
+    return Busy(
+        f"the last sync --all has not ended yet{since}",
+        hint="wait for it to end; make a first, long copy by blktrack sync DEVICE TARGET, which "
+        "keeps only that replica busy",
+    )
