@@ -13,7 +13,6 @@ from blktrack.errors import UsageError
 from blktrack.fleet import Settings, sync_all, trouble
 from blktrack.options import Options
 from blktrack.policy import Policy, load
-from blktrack.rates import Rates
 from blktrack.report import FleetReport, LinkOutcome
 from blktrack.told import Told
 from blktrack.units import format_duration, format_size
@@ -26,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     def adjust(options: Options) -> None:
         options.no_resync = args.no_resync
         if args.limit is not None:
-            options.limit = Rates(args.limit)
+            options.limit = args.limit
 
     policy = policy_to_follow()
     with Rows(quiet=args.quiet) as rows:
