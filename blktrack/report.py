@@ -95,8 +95,8 @@ class LinkOutcome(Report):
     warnings: list[str]
     point: float | None  # that its last successful sync reached, this one or an earlier one
     lag_s: float | None
-    rpo_s: float | None  # the promised age; None: nothing is promised
-    promise: str  # ok, late, broken; "" where nothing is promised
+    rpo_s: float | None  # from which lag on it is late; None: nothing is promised
+    lateness: str  # ok, late, broken; "" where nothing is promised
 
 
 @dataclass

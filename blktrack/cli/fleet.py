@@ -68,7 +68,7 @@ def _summarize(report: FleetReport) -> None:
 def _synced(found: LinkOutcome) -> str:
     done = found.report
     assert done is not None
-    late = f"; {_promise(found)}" if found.promise in ("late", "broken") else ""
+    late = f"; {_promise(found)}" if found.lateness in ("late", "broken") else ""
     reason = f" ({done.reason})" if done.reason else ""
     return (
         f"{found.name} -> {found.target}: {done.mode}{reason}, "
@@ -78,7 +78,7 @@ def _synced(found: LinkOutcome) -> str:
 
 
 def _failed(found: LinkOutcome) -> str:
-    late = f"\n  {_point(found)}" if found.promise in ("late", "broken") else ""
+    late = f"\n  {_point(found)}" if found.lateness in ("late", "broken") else ""
     hint = f"\n  -> {found.hint}" if found.hint else ""
     return f"{found.name} -> {found.target}: {found.error}{hint}{late}"
 
@@ -132,13 +132,13 @@ def _point(found: LinkOutcome) -> str:
     last = "no point yet"
     if found.point is not None and found.lag_s is not None:
         last = f"last point {instant(found.point)}, {format_duration(found.lag_s)} ago"
-    return f"{last}; {_promise(found)}" if found.promise else last
+    return f"{last}; {_promise(found)}" if found.lateness else last
 
 
 def _promise(found: LinkOutcome) -> str:
     promised = "" if found.rpo_s is None else f" of {format_duration(found.rpo_s)}"
-    words = {"ok": "is kept", "late": "is in danger", "broken": "is broken"}
-    return f"the promise{promised} {words[found.promise]}"
+    words = {"ok": "holds so far", "late": "is in danger", "broken": "is broken"}
+    return f"the promise{promised} {words[found.lateness]}"
 
 
 def _replicas(count: int) -> str:

@@ -28,9 +28,9 @@ from blktrack.cli.common import (
     store,
     target,
 )
+from blktrack.cli.parser import Misused
 from blktrack.cli.progress import Watcher
 from blktrack.cli.remind import add_remind, reminded
-from blktrack.errors import UsageError
 from blktrack.policy import load
 from blktrack.report import SyncReport
 from blktrack.sync import sync
@@ -83,11 +83,9 @@ def run(args: argparse.Namespace) -> int:
         _refuse_with_all(args)
         return reminded(args, "sync --all", lambda: fleet.run(args))
     if not args.device or not args.target:
-        raise UsageError(
-            "sync needs a DEVICE and a TARGET, or --all", hint="see blktrack sync --help"
-        )
+        raise Misused("a DEVICE and a TARGET are missing, or --all", program="blktrack sync")
     if args.jobs:
-        raise UsageError("--jobs is for --all", hint="remove it")
+        raise Misused("--jobs is for --all", program="blktrack sync")
     return reminded(args, args.target, lambda: _run(args))
 
 
@@ -101,18 +99,27 @@ def _jobs(text: str) -> int:
 def _refuse_with_all(args: argparse.Namespace) -> None:
     """What is said of one replica here is said of each in the policy."""
     if args.device:
-        raise UsageError(
+        raise Misused(
             f"with --all no DEVICE is named, and {args.device} was",
+            program="blktrack sync",
             hint="its replicas are those of the policy; leave out --all to sync one",
         )
-    one = ("full", "force", "in_place", "consistency", "freeze", "freeze_cap")
-    for name in (*one, "pre_freeze", "post_freeze"):
-        if getattr(args, name) not in (None, False) or (name == "freeze" and args.freeze is False):
-            option = "--no-freeze" if name == "freeze" else f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{option} is for a single replica, and --all syncs many",
-                hint="say it in the policy, or sync that one by blktrack sync DEVICE TARGET",
-            )
+    one = {
+        "--full": args.full,
+        "--force": args.force,
+        "--in-place": args.in_place,
+        "--consistency": args.consistency,
+        "--no-freeze": args.freeze is False,
+        "--freeze-cap": args.freeze_cap,
+        "--pre-freeze": args.pre_freeze,
+        "--post-freeze": args.post_freeze,
+    }
+    if given := next((option for option, value in one.items() if value), None):
+        raise Misused(
+            f"{given} is for a single replica, and --all syncs many",
+            program="blktrack sync",
+            hint="say it in the policy, or sync that one by blktrack sync DEVICE TARGET",
+        )
 
 
 def _run(args: argparse.Namespace) -> int:

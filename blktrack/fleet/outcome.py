@@ -52,8 +52,8 @@ def outcome(job: Job) -> LinkOutcome:
         warnings=[],
         point=None,
         lag_s=None,
-        rpo_s=job.link.rpo if job.link.rpo is not None else job.link.rpo_warning,
-        promise="",
+        rpo_s=job.link.rpo_warning,
+        lateness="",
     )
 
 
@@ -64,7 +64,7 @@ def judge(store: Store, jobs: Iterable[Job], outcomes: Iterable[LinkOutcome]) ->
     for job, found in zip(jobs, outcomes, strict=True):
         found.point = points.get(job.link.target)
         found.lag_s = None if found.point is None else now - found.point
-        found.promise = job.link.lateness(found.lag_s)
+        found.lateness = job.link.lateness(found.lag_s)
 
 
 def _last_points(store: Store) -> dict[str, float]:
@@ -83,7 +83,7 @@ def _last_points(store: Store) -> dict[str, float]:
 def trouble(found: LinkOutcome) -> Trouble | None:
     """What the operator has to know of a link; None if it is well."""
     words = [found.error] if found.exit else []
-    if found.promise == "broken":
+    if found.lateness == "broken":
         words.append("its promise is broken")
     words += found.warnings
     return Trouble(found.exit, "; ".join(words)) if words else None
