@@ -46,7 +46,9 @@ class Argument:
 
 
 def arguments_of(parser: Parser) -> list[Argument]:
-    """All but the actions."""
+    """All but the actions. Of positional ones only the last is optional: what follows such a one
+    would be offered with it."""
+    last = next((a for a in reversed(parser.arguments) if not a.option_strings), None)
     return [
         Argument(
             names=tuple(action.option_strings),
@@ -55,7 +57,7 @@ def arguments_of(parser: Parser) -> list[Argument]:
             choices=tuple(str(choice) for choice in action.choices or ()),
             told=_brief(parser.help_of(action)),
             repeats=action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction),
-            optional=action.nargs in ("?", "*"),
+            optional=action.nargs in ("?", "*") and action is last,
         )
         for action in parser.arguments
         if not isinstance(action, argparse._SubParsersAction)
