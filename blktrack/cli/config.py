@@ -22,7 +22,7 @@ from blktrack.units import format_duration, format_size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["check"])
+    parser.add_argument("action", choices=["check"], help="what to do with it")
     parser.add_argument("--file", type=Path, metavar="FILE", help=f"instead of {paths().policy}")
     add_json(parser)
 
