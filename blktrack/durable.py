@@ -14,6 +14,7 @@ from typing import Any
 
 from blktrack import crash
 from blktrack.errors import BlktrackError, Busy
+from blktrack.observer import NOBODY, Observer
 
 _MOVE = "move {path} away; the next sync starts over from what is left"
 
@@ -88,7 +89,9 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, what: str, wait: float = 0.0) -> Iterator[None]:
+def lock(
+    path: Path, *, what: str, wait: float = 0.0, observer: Observer = NOBODY
+) -> Iterator[None]:
     """Hold `path` exclusively; a killed holder releases it. Busy after `wait` seconds.
 
     `what` names the thing held, for the message: "device /dev/sdb".
@@ -102,10 +105,13 @@ def lock(path: Path, *, what: str, wait: float = 0.0) -> Iterator[None]:
             hint="make it writable, or run the command as root",
         ) from error
     try:
-        deadline = time.monotonic() + wait
+        deadline, told = time.monotonic() + wait, False
         while not _try_lock(fd):
             if time.monotonic() >= deadline:
                 raise Busy(f"{what} is held by another run", hint="wait for it to end")
+            if not told:
+                observer.phase(f"waiting for {what}, which another run holds", 0)
+                told = True
             time.sleep(0.005)
         yield
     finally:

@@ -1,27 +1,16 @@
-"""What a round is asked for, and who watches it."""
+"""What a round is asked for."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from blktrack.history import KEEP
+from blktrack.observer import Observer
 from blktrack.quiesce.freeze import CAP
 from blktrack.rates import UNLIMITED, Rates
 
-
-class Observer(Protocol):
-    """Who watches a long operation."""
-
-    def phase(self, name: str, total: int) -> None:
-        """A phase of `total` bytes begins."""
-
-    def done(self, count: int) -> None:
-        """So many bytes of the phase are dealt with."""
-
-    def warn(self, message: str) -> None:
-        """Something went wrong that the operator has to see to, and the point is good."""
+__all__ = ["Observer", "Options"]
 
 
 @dataclass

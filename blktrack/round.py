@@ -17,7 +17,8 @@ from blktrack import crash, extent
 from blktrack.capture import Source, capture
 from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
-from blktrack.options import Observer, Options
+from blktrack.observer import Observer
+from blktrack.options import Options
 from blktrack.point import Point
 from blktrack.quiesce.find import file_systems
 from blktrack.quiesce.freeze import Freeze
@@ -82,17 +83,17 @@ class Round(ABC):
         """What is written to on the way, and so cannot be frozen meanwhile."""
         return [self.store.paths.run, self.store.paths.lib]
 
-    def prepare(self) -> tuple[Plan, LinkSets]:
+    def prepare(self, observer: Observer) -> tuple[Plan, LinkSets]:
         """Close the epoch and decide what to ship. A gap begins a new generation here."""
         link = self.link
-        with hold(self.store, self.number, self.device.path):
+        with hold(self.store, self.number, self.device.path, observer):
             state = self.store.device(self.number)
             if state is None or not state.wanted:
                 raise NotTracked(
                     f"{self.device.path} is no longer tracked",
                     hint=f"run blktrack track {self.device.path} first",
                 )
-            tracking, swap = self._drain(state)
+            tracking, swap = self._drain(state, observer)
             with tracking:
                 mode, reason = self.mode(tracking.state)
                 filled = link.phase == mode and link.filled == tracking.state.generation
@@ -132,7 +133,7 @@ class Round(ABC):
             mode = "nothing"
         return Plan(mode, reason, swap, extents), sets
 
-    def _drain(self, state: DeviceState) -> tuple[Tracking, Swap]:
+    def _drain(self, state: DeviceState, observer: Observer) -> tuple[Tracking, Swap]:
         """The tracking just after a swap; after a gap, that of a new generation."""
         with contextlib.ExitStack() as stack:
             try:
@@ -146,7 +147,7 @@ class Round(ABC):
             else:
                 stack.pop_all()
                 return tracking, swap
-        state = generation.begin(self.store, self.device, state.granularity or None)
+        state = generation.begin(self.store, self.device, state.granularity or None, observer)
         tracking = Tracking(self.store, state, self.device)
         return tracking, tracking.drain()
 
@@ -171,7 +172,7 @@ class Round(ABC):
         frozen: list[Freeze] = []
 
         def freeze() -> Freeze | None:
-            freezing = self._freeze()
+            freezing = self._freeze(observer)
             frozen.extend([freezing] if freezing else [])
             return freezing
 
@@ -180,11 +181,15 @@ class Round(ABC):
             if not frozen:
                 observer.done(count)
 
+        observer.phase(plan.mode, extent.total(plan.extents))
         with open_end(self.device.path) as source, contextlib.ExitStack() as after:
             after.callback(_tell, frozen, observer)
 
             def read(extents: ExtentArray, ended: Callable[[], None]) -> None:
-                before = sum(copied.bytes_read for copied in copies)
+                if copies and not frozen:
+                    size = extent.total(extents)
+                    number = len(copies) + 1
+                    observer.phase(f"round {number}: {format_size(size)} changed meanwhile", size)
                 compare = plan.mode == "resync" and forget and not copies
                 copied = copy(
                     source,
@@ -192,7 +197,7 @@ class Round(ABC):
                     extents,
                     mode=Mode.REPAIR if compare else Mode.COPY,
                     granularity=max(sets.granularity, 4096),
-                    progress=lambda count: show(before + count),
+                    progress=show,
                     checkpoint=sets.shipped if forget else None,
                     read_done=ended,
                     stop=self.options.stop,
@@ -211,6 +216,8 @@ class Round(ABC):
                 freeze=freeze,
                 cap=self.options.cap,
             )
+        if frozen:
+            observer.phase("thawed", 0)
         swap = found.swap
         return Shipped(
             Point(swap.epoch, swap.generation, swap.time, found.consistency),
@@ -222,7 +229,7 @@ class Round(ABC):
             found.freeze_s,
         )
 
-    def _freeze(self) -> Freeze | None:
+    def _freeze(self, observer: Observer) -> Freeze | None:
         """The file systems of the source, to be frozen; None if there is nothing to freeze, or if
         it is not wanted. Refused."""
         options = self.options
@@ -237,6 +244,7 @@ class Round(ABC):
             cap=options.cap,
             pre=options.pre,
             post=options.post,
+            tell=lambda phase: observer.phase(phase, 0),
         )
 
     def commit(self, point: Point, sets: LinkSets) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from blktrack import crash, extent, history
 from blktrack.durable import lock
 from blktrack.errors import BlktrackError, Refused, UsageError
-from blktrack.options import Observer, Options
+from blktrack.observer import Observer
+from blktrack.options import Options
 from blktrack.point import Point
 from blktrack.report import CommitReport, SendReport
 from blktrack.round import Plan, Round, Shipped
@@ -128,9 +129,8 @@ def _send(current: Stream, observer: Observer) -> SendReport:
     with lock(store.link_lock(number, link.id), what=str(link)):
         link = current.link = find_link(store, number, link.name) or link  # as it is now
         try:
-            plan, sets = current.prepare()
+            plan, sets = current.prepare(observer)
             with sets, Watch(current.options.stop, current.device, None):
-                observer.phase(plan.mode, extent.total(plan.extents))
                 shipped = current.ship(plan, sets, observer)
         except Gap as gap:
             raise BlktrackError(

@@ -15,7 +15,8 @@ from pathlib import Path
 from blktrack import crash, extent, history
 from blktrack.durable import lock
 from blktrack.errors import Interrupted, NoPoint, Refused
-from blktrack.options import Observer, Options
+from blktrack.observer import Observer
+from blktrack.options import Options
 from blktrack.quiesce.find import devices_below
 from blktrack.report import SyncReport
 from blktrack.round import Plan, Round, Shipped
@@ -30,6 +31,8 @@ from blktrack.tracker.status import resync_reason
 from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Gap
 from blktrack.uevents import Watch
+
+_DURABLE = "writing back what was copied"
 
 
 def sync(
@@ -89,6 +92,7 @@ def _bring(
             paths=store.paths,
             force=options.force,
             stop=options.stop,
+            observer=observer,
         ) as replica,
         lock(store.link_lock(number, replica.link), what=f"the link to {target}"),
     ):
@@ -98,7 +102,8 @@ def _bring(
         current = Replication(store, device, number, link, options, replica)
         try:
             return _ship(current, observer)
-        except Gap:
+        except Gap as gap:
+            observer.phase(f"once more, from a new beginning: {gap}", 0)
             # It came while the source was read: a new generation, and a resync, in one go. A
             # source that has grown is no gap to another round, but may be too large by now.
             replica.check_room()
@@ -106,10 +111,9 @@ def _bring(
 
 
 def _ship(current: Replication, observer: Observer) -> tuple[Plan, Shipped]:
-    plan, sets = current.prepare()
+    plan, sets = current.prepare(observer)
     replica = current.replica.target.device
     with sets, Watch(current.options.stop, current.device, replica, writable=True):
-        observer.phase(plan.mode, extent.total(plan.extents))
         shipped = current.ship(plan, sets, observer)
         current.commit(shipped.point, sets)
     return plan, shipped
@@ -192,6 +196,7 @@ class Replication(Round):
         elif increment and self._can_stage:
             with self._room(plan, observer), replica.stage() as stage:
                 shipped = self.capture(plan, sets, observer, stage.end)
+                observer.phase(_DURABLE, 0)
                 stage.seal(shipped.read, shipped.point)
                 observer.phase("apply", extent.total(shipped.read))
                 replica.apply(stage, observer.done, self.options.stop)
@@ -211,6 +216,7 @@ class Replication(Round):
             except (NoPoint, Refused) as error:
                 error.hint += "; until then the replica, written in place, is at no point"
                 raise
+            observer.phase(_DURABLE, 0)
             replica.commit(shipped.point)
         return shipped
 
@@ -230,5 +236,5 @@ class Replication(Round):
             plan.extents,
             stop=self.options.stop,
             limit=self.options.limit,
-            progress=observer.done,
+            observer=observer,
         )

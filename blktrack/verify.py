@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from blktrack import extent
-from blktrack.options import Observer, Options
+from blktrack.errors import Interrupted
+from blktrack.observer import Observer
+from blktrack.options import Options
 from blktrack.report import VerifyReport
 from blktrack.round import judge
-from blktrack.ship.apply import finish
+from blktrack.ship.apply import ApplyStopped, finish
 from blktrack.ship.copy import Mode, copy
 from blktrack.ship.endpoint import open_end
 from blktrack.ship.target import Target
@@ -24,7 +26,10 @@ def verify(
     """Compare every byte of the device with the replica; nothing is written, but that an increment
     which waits complete is applied first."""
     device = BlockDevice.find(path)
-    finish(target, store.paths)
+    try:
+        finish(target, store.paths, stop=options.stop, observer=observer)
+    except ApplyStopped as error:
+        raise Interrupted(str(error), signum=options.signum, hint=error.hint) from error
     other = Target.find(target).device
     with (
         Watch(options.stop, device, other),

@@ -14,6 +14,7 @@ from blktrack.capture import Source
 from blktrack.cli import progress
 from blktrack.errors import Refused
 from blktrack.extent import ExtentArray
+from blktrack.observer import FREEZE
 from blktrack.options import Options
 from blktrack.ship.place import folder_of, inspect
 from blktrack.ship.record import State
@@ -163,16 +164,32 @@ def test_progress_may_go_to_a_log_on_the_source(
     run("mkfs.ext4", "-q", device)
     tracker.track(shared.store, device, None)
     shared.sync(device, replica)
-    monkeypatch.setattr(progress, "_SHOW_AFTER", 0)
     monkeypatch.setattr(progress, "_LINE_EVERY", 0)
+
+    class Eager(progress.Watcher):
+        """Writes whatever it is told at once, if it may."""
+
+        def phase(self, name: str, total: int) -> None:
+            super().phase(name, total)
+            phases.append(name)
+            self.screen.tick()
+
+        def done(self, count: int) -> None:
+            super().done(count)
+            self.screen.tick()
+
+    phases: list[str] = []
     with shared.mounted(device) as point, (point / "log").open("w") as log:
         (point / "file").write_bytes(os.urandom(MIB))
         options = Options(consistency="filesystem")
-        with monkeypatch.context() as patch, progress.Watcher(quiet=False) as watcher:
+        with monkeypatch.context() as patch, Eager(quiet=False) as watcher:
             patch.setattr(sys, "stderr", log)
             report = sync.sync(shared.store, device, str(replica), options, watcher)[0]
         assert report.consistency == "filesystem"
-        assert "incremental: " in (point / "log").read_text()
+        lines = (point / "log").read_text().splitlines()
+        assert any(line.startswith("incremental: ") for line in lines)
+        assert FREEZE in phases and not any(line.startswith(FREEZE) for line in lines)
+        assert phases[-4:] == [FREEZE, "thawed", "writing back what was copied", "apply"]
 
 
 def test_without_a_file_system_nothing_is_as_one_left_it(shared: Lab) -> None:

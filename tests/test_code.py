@@ -25,6 +25,7 @@ FLOORS = {
     "errors": 0,
     "extent": 0,
     "point": 0,
+    "observer": 0,
     "crash": 0,
     "bitmap": 1,
     "linux": 1,

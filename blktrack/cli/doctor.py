@@ -9,6 +9,7 @@ import argparse
 
 from blktrack import doctor
 from blktrack.cli.common import add_json, emit
+from blktrack.cli.progress import Watcher
 from blktrack.config import Paths
 
 
@@ -17,7 +18,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = doctor.examine(Paths.from_environment())
+    with Watcher(quiet=False) as watcher:
+        watcher.phase("trying out what this host can do", 0)
+        report = doctor.examine(Paths.from_environment())
     if args.json:
         emit(report)
     else:

@@ -1,103 +1,158 @@
-"""Progress on standard error: a bar on a terminal, now and then a line in a log."""
+"""Progress on standard error: bars on a terminal, now and then a line in a log.
+
+A thread of its own shows it, so that what waits for a lock, a disk or a hook is seen to wait, and a
+log that cannot be written holds up no copy. While something is frozen it writes nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from blktrack.units import format_duration, format_rate, format_size
+from blktrack.cli.meter import Meter, Reading
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-_SHOW_AFTER = 1.0  # seconds: what is over sooner shows nothing
+_SHOW_AFTER = 1.0  # seconds: on a terminal, what is over sooner shows nothing
+_TELL_AFTER = 2.0  # in a log a phase that lasts so long has a line
 _LINE_EVERY = 10.0
+_REDRAW, _LOOK = 0.2, 0.5  # seconds between two looks
 
 
-class Watcher:
-    """An Observer. With `quiet` it shows nothing but warnings."""
+class Screen:
+    """Shows meters, and prints their warnings. `quiet`: nothing but warnings.
 
-    def __init__(self, *, quiet: bool) -> None:
+    `tick` is what its thread does; without `start` the caller does.
+    """
+
+    def __init__(
+        self, meters: Sequence[Meter], *, quiet: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.gate = threading.Lock()
+        self._meters = meters
+        for meter in meters:
+            meter.gate = self.gate
         self._quiet = quiet
-        self._terminal = sys.stderr.isatty()
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._name, self._total = "", 0
-        self._begun = self._last = time.monotonic()
+        self._clock = clock
+        self._begun = clock()
+        self._bars = sys.stderr.isatty() and find_spec("rich") is not None
+        self._progress: Progress | None = None
+        self._tasks: dict[Meter, TaskID] = {}
+        self._told: dict[Meter, tuple[str, float]] = {}  # phase and time of its last line
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def phase(self, name: str, total: int) -> None:
-        self._name, self._total = name, total
-        self._begun = self._last = time.monotonic()
-        if self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, total=total or None, description=name)
+    def start(self) -> None:
+        if not self._quiet:
+            # A daemon: a log that is stuck must not keep the process.
+            self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+            self._thread.start()
 
-    def done(self, count: int) -> None:
-        now = time.monotonic()
-        # A later round reads again what changed, which no phase had counted. 0: nobody knows.
-        self._total = self._total and max(self._total, count)
-        if self._quiet or now - self._begun < _SHOW_AFTER:
-            return
-        if self._terminal and self._can_draw():
-            self._show_bar(count)
-        elif now - self._last >= _LINE_EVERY:
-            self._last = now
-            print(self._line(count, now - self._begun), file=sys.stderr, flush=True)
-
-    def warn(self, message: str) -> None:
-        self.close()
+    def _run(self) -> None:
+        # Nobody is there to read it any more.
         with contextlib.suppress(OSError):
-            print(f"blktrack: warning: {message}", file=sys.stderr, flush=True)
+            while not self._ended.wait(_REDRAW if self._bars else _LOOK):
+                self.tick()
 
-    def _line(self, count: int, elapsed: float) -> str:
-        if not self._total:
-            return f"{self._name}: {format_size(count)}, {format_rate(count, elapsed)}"
-        left = (self._total - count) * elapsed / count if count else 0.0
-        return (
-            f"{self._name}: {format_size(count)} of {format_size(self._total)}, "
-            f"{format_rate(count, elapsed)}, {format_duration(left)} to go"
-        )
+    def tick(self) -> None:
+        """Show what is due."""
+        with self.gate:
+            readings = {meter: meter.reading() for meter in self._meters}
+            if any(reading.hushed for reading in readings.values()):
+                return
+            self._print_warnings()
+            begun = {meter: reading for meter, reading in readings.items() if reading.phase}
+            if self._quiet or not begun:
+                return
+            if not self._bars:
+                for meter, reading in begun.items():
+                    self._tell(meter, reading)
+            elif self._clock() - self._begun >= _SHOW_AFTER:
+                self._draw(begun)
 
-    def _can_draw(self) -> bool:
-        """A host that only receives may have no rich."""
-        return self._bar is not None or find_spec("rich") is not None
+    def _tell(self, meter: Meter, reading: Reading) -> None:
+        now = self._clock()
+        phase, last = self._told.get(meter, ("", self._begun))
+        new = phase != reading.phase and reading.elapsed >= _TELL_AFTER
+        if new or now - last >= _LINE_EVERY:
+            self._told[meter] = reading.phase, now
+            label = f"{meter.label}: " if meter.label else ""
+            print(f"{label}{reading.phase}: {reading.figures}", file=sys.stderr, flush=True)
 
-    def _show_bar(self, count: int) -> None:
-        if self._bar is None:
+    def _draw(self, readings: dict[Meter, Reading]) -> None:
+        if self._progress is None:
             # rich takes a tenth of a second to load: only for who waits anyway.
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
+            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
 
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
+            phase = Column(ratio=2, no_wrap=True, overflow="ellipsis")
+            self._progress = Progress(
+                TextColumn("{task.description}", table_column=phase, markup=False),
+                BarColumn(None, table_column=Column(ratio=1, min_width=6)),
+                TextColumn(
+                    "{task.fields[figures]}", table_column=Column(no_wrap=True), markup=False
+                ),
                 console=Console(stderr=True),
                 transient=True,
+                auto_refresh=False,
+                expand=True,
             )
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=self._total or None)
-        if self._task is not None:
-            self._bar.update(self._task, completed=count, total=self._total or None)
+            self._progress.start()
+        for meter, reading in readings.items():
+            if meter not in self._tasks:
+                self._tasks[meter] = self._progress.add_task("", total=None, figures="")
+            name = f"{meter.label} {reading.phase}".strip()
+            self._progress.update(
+                self._tasks[meter],
+                description=name,
+                completed=reading.count,
+                total=reading.total or None,
+                figures=reading.figures,
+            )
+        self._progress.refresh()
+
+    def _print_warnings(self) -> None:
+        """To be called with the gate held."""
+        for meter in self._meters:
+            while meter.warnings:
+                self._clear()
+                message = meter.warnings.pop(0)
+                with contextlib.suppress(OSError):
+                    print(f"blktrack: warning: {message}", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        progress, self._progress, self._tasks = self._progress, None, {}
+        if progress is not None:
+            with contextlib.suppress(OSError):
+                progress.stop()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Take bars away and print the warnings that are left."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self.gate:
+            self._clear()
+            self._print_warnings()
 
-    def __enter__(self) -> Watcher:
+
+class Watcher(Meter):
+    """The Observer of a command that does one thing, with a screen of its own."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__()
+        self.screen = Screen([self], quiet=quiet)
+
+    def __enter__(self) -> Self:
+        self.screen.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.screen.close()

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         info = os.fstat(file.fileno())
         watcher.phase("recv", info.st_size if stat.S_ISREG(info.st_mode) else 0)
-        report = receive(file, args.target, paths(), force=args.force, progress=watcher.done)
+        report = receive(file, args.target, paths(), force=args.force, observer=watcher)
     report.duration_s = time.monotonic() - begun
     if args.json:
         emit(report)

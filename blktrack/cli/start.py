@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from blktrack.cli.common import add_json, add_quiet, emit, store
+from blktrack.cli.progress import Watcher
 from blktrack.report import ServiceReport
 from blktrack.tracker import service
 
@@ -24,7 +25,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = ServiceReport(service.start(store(), args.device))
+    with Watcher(quiet=args.quiet) as watcher:
+        report = ServiceReport(service.start(store(), args.device, watcher))
     # A device that is away at boot does not fail the others' unit; one asked for by name does.
     codes = {"failed": 1, "absent": 1 if args.device else 0}
     show(report, codes, args)

@@ -13,6 +13,7 @@ import os
 import sys
 
 from blktrack.cli.common import add_json, emit, instant, paths, store
+from blktrack.cli.progress import Watcher
 from blktrack.errors import NotTracked
 from blktrack.policy import PolicyError, load
 from blktrack.policy.measure import measure
@@ -45,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _look(name: str | None) -> StatusReport:
     """A device may be both a source and a replica."""
-    replica = replica_status(os.path.abspath(name), paths()) if name else None
+    replica = None
+    if name:
+        with Watcher(quiet=False) as watcher:
+            replica = replica_status(os.path.abspath(name), paths(), watcher)
     replicas = [replica] if replica else []
     try:
         devices = status(store(), name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 from blktrack.cli.common import add_json, add_quiet, store
+from blktrack.cli.progress import Watcher
 from blktrack.cli.start import exit_code, show
 from blktrack.report import ServiceReport
 from blktrack.tracker import service
@@ -26,6 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = ServiceReport(service.stop(store(), args.device))
+    with Watcher(quiet=args.quiet) as watcher:
+        report = ServiceReport(service.stop(store(), args.device, watcher))
     show(report, _CODES, args)
     return exit_code(report, _CODES)

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from blktrack.cli.common import add_json, add_quiet, emit, renew_unit, size, store
+from blktrack.cli.progress import Watcher
 from blktrack.tracker import tracker
 from blktrack.units import format_size
 
@@ -27,7 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = tracker.track(store(), args.device, args.granularity)
+    with Watcher(quiet=args.quiet) as watcher:
+        report = tracker.track(store(), args.device, args.granularity, watcher)
     renew_unit()
     for warning in report.warnings:
         if not args.quiet:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from blktrack.cli.common import add_quiet, renew_unit, store
+from blktrack.cli.progress import Watcher
 from blktrack.tracker import tracker
 
 EXITS = {"3": "the device is not tracked"}
@@ -19,7 +20,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    tracker.untrack(store(), args.device)
+    with Watcher(quiet=args.quiet) as watcher:
+        tracker.untrack(store(), args.device, watcher)
     renew_unit()
     if not args.quiet:
         print(f"{args.device}: no longer tracked")

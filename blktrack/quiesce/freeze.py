@@ -32,6 +32,7 @@ from typing import Self
 
 from blktrack import linux
 from blktrack.errors import NoPoint, Refused
+from blktrack.observer import FREEZE
 from blktrack.quiesce import hooks
 from blktrack.quiesce.find import FileSystem
 from blktrack.quiesce.watchdog import Watchdog
@@ -72,6 +73,7 @@ class Freeze:
         pre: Sequence[str] = (),
         post: Sequence[str] = (),
         hook_limit: float = HOOK_LIMIT,
+        tell: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.device = device
         self.listing, self.lenient = listing, lenient
@@ -80,6 +82,7 @@ class Freeze:
         self.must_write = must_write
         self.cap = cap
         self.pre, self.post, self.hook_limit = pre, post, hook_limit
+        self._tell = tell  # phases, as to an Observer
         self.warnings: list[str] = []  # of post hooks that failed: the point is good all the same
         self._watchdog: Watchdog | None = None
         self._held = contextlib.ExitStack()  # all that is frozen
@@ -147,6 +150,7 @@ class Freeze:
 
     def _before(self, command: str) -> None:
         """What it was to prepare is not prepared; nothing else is wrong, and nothing was done."""
+        self._tell(f"pre hook {command!r}")
         if why := hooks.run(command, "pre", self.device.path, self.hook_limit):
             raise NoPoint(
                 f"the pre hook {command!r} failed: {why}",
@@ -154,6 +158,7 @@ class Freeze:
             )
 
     def _after(self, command: str) -> None:
+        self._tell(f"post hook {command!r}")
         if why := hooks.run(command, "post", self.device.path, self.hook_limit):
             self.warnings.append(f"the post hook {command!r} failed: {why}")
 
@@ -193,9 +198,11 @@ class Freeze:
                 attempt.callback(watchdog.release)
                 watchdog.start()
                 if not flushed:
+                    self._tell("writing back file systems before a freeze")
                     self._flush(fds)
                     flushed, deadline = True, time.monotonic() + self.cap
                 watchdog.wait_ready()
+                self._tell(FREEZE)
                 if self._freeze_all(watchdog, deadline):
                     held.push(attempt.pop_all())
                     return

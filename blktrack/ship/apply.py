@@ -24,6 +24,7 @@ from blktrack import crash
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError, Refused
 from blktrack.extent import total
+from blktrack.observer import NOBODY, Observer
 from blktrack.point import Point
 from blktrack.ship.claim import take
 from blktrack.ship.copy import copy
@@ -77,7 +78,7 @@ def _bring(
     place: Place, stage: Stage, progress: Callable[[int], None] | None, stop: threading.Event
 ) -> None:
     index = stage.index
-    every = int(index[:, 1].sum())
+    every = stage.bytes
     if isinstance(place.end, FileEnd):
         index = share(stage.file, place.end, index, stop)
     # Large zeroes need not be looked at on their way.
@@ -106,7 +107,10 @@ def _bring(
 
 
 def settle(
-    place: Place, changed: str, stop: threading.Event | None = None
+    place: Place,
+    changed: str,
+    stop: threading.Event | None = None,
+    observer: Observer = NOBODY,
 ) -> tuple[Point | None, str]:
     """Finish what an earlier run sealed for a replica, or drop it where it does not fit.
 
@@ -133,7 +137,8 @@ def settle(
             point = stage.point
             try:
                 source = replace(record.source, generation=point.generation)
-                apply(place, stage, source, stop=stop)
+                observer.phase("applying the increment of an earlier run", stage.bytes)
+                apply(place, stage, source, progress=observer.done, stop=stop)
             except StageDamaged as error:
                 return None, f"{LOST}: {error.why}"
             return point, ""
@@ -143,11 +148,18 @@ def settle(
         return None, changed or f"{LOST}: another one is there"
 
 
-def finish(name: str, paths: Paths) -> Record | None:
+def finish(
+    name: str,
+    paths: Paths,
+    *,
+    stop: threading.Event | None = None,
+    observer: Observer = NOBODY,
+) -> Record | None:
     """Bring a replica to the point that an earlier run sealed for it; its record, if it has one.
 
     For any command on the replica's side: the source need not be there. A replica for which nothing
-    waits is not touched. Raises Refused, Busy, and BlktrackError if it is left between two points.
+    waits is not touched. Raises Refused, Busy, and BlktrackError if it is left between two points;
+    ApplyStopped if `stop` was set meanwhile.
     """
     target = Target.find(name)
     folder = folder_of(target, paths)
@@ -166,7 +178,7 @@ def finish(name: str, paths: Paths) -> Record | None:
         place.record = Record.read(folder / RECORD)
         if place.record is None:
             return None
-        _, changed = settle(place, place.changed(place.record))
+        _, changed = settle(place, place.changed(place.record), stop, observer)
         if place.record.next is not None:
             raise BlktrackError(
                 f"{name} is at no point: {changed}",

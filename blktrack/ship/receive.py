@@ -16,6 +16,7 @@ from blktrack import extent
 from blktrack.config import Paths
 from blktrack.errors import Refused
 from blktrack.extent import ExtentArray
+from blktrack.observer import NOBODY, Observer
 from blktrack.point import Point
 from blktrack.report import RecvReport
 from blktrack.ship.delta import DeltaInvalid, DeltaReader, Header, Kind
@@ -33,11 +34,11 @@ def receive(
     paths: Paths,
     *,
     force: bool = False,
-    progress: Callable[[int], None] | None = None,
+    observer: Observer = NOBODY,
 ) -> RecvReport:
     """Bring the replica at `target` to the point that a delta leads to.
 
-    progress -- called with the bytes of the stream read so far.
+    observer -- is told of the bytes of the stream in the phase that it is in, then of others.
 
     Raises DeltaError for a stream that is not a whole delta, Refused for a target that it does not
     fit, Busy. The replica is then as it was, but for an initial copy, which is unfinished.
@@ -45,20 +46,23 @@ def receive(
     reader = DeltaReader(file)
     header = reader.header
     with Replica.open(
-        target, source=header.source, link=header.link, paths=paths, force=force
+        target, source=header.source, link=header.link, paths=paths, force=force, observer=observer
     ) as replica:
         _check_start(replica, header)
-        frames = _Frames(reader, progress)
+        frames = _Frames(reader, observer.done)
         if replica.has_point:
             with replica.stage() as stage:
                 extents = frames.into(stage.end, blocks=replica.end)
                 if not force:
                     _check_forward(replica, reader.trailer.point)
+                observer.phase("writing back what was received", 0)
                 stage.seal(extents, reader.trailer.point)
-                replica.apply(stage)
+                observer.phase("apply", extent.total(extents))
+                replica.apply(stage, observer.done)
         else:
             replica.begin(State.UNFINISHED, header.source.generation)
             extents = frames.into(replica.end, blocks=replica.end)
+            observer.phase("writing back what was received", 0)
             replica.commit(reader.trailer.point)
     trailer = reader.trailer
     return RecvReport(
@@ -120,7 +124,7 @@ def _check_forward(replica: Replica, point: Point) -> None:
 class _Frames:
     """The frames of a delta on their way to an end."""
 
-    def __init__(self, reader: DeltaReader, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, reader: DeltaReader, progress: Callable[[int], None]) -> None:
         self._reader = reader
         self._progress = progress
         self._covered = extent.empty()
@@ -145,8 +149,7 @@ class _Frames:
             else:
                 end.zero(frame.start, frame.length)
             self._note(frame.start, frame.length)
-            if self._progress is not None:
-                self._progress(self._reader.offset)
+            self._progress(self._reader.offset)
         self._reader.expect_end()
         self._check_whole()
         return self._covered

@@ -35,6 +35,7 @@ from typing import Self
 from blktrack import linux
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError, Refused
+from blktrack.observer import NOBODY, Observer
 from blktrack.point import Point
 from blktrack.ship.apply import apply, settle
 from blktrack.ship.claim import take
@@ -63,6 +64,7 @@ class Replica:
         self._source = source
         self._created = False  # by this run, and not begun yet
         self._stop: threading.Event | None = None
+        self._observer: Observer = NOBODY
         self._held = contextlib.ExitStack()
 
     @classmethod
@@ -76,6 +78,7 @@ class Replica:
         force: bool = False,
         writable: bool = True,
         stop: threading.Event | None = None,
+        observer: Observer = NOBODY,
     ) -> Self:
         """Take the target for a replica of `source`, or refuse it.
 
@@ -85,6 +88,7 @@ class Replica:
         force -- take what holds other data, or belongs to another source or link.
         writable -- False: only to be read; nothing is created or claimed, and anything is read.
         stop -- set it to end early the finishing of what an earlier run left: ApplyStopped.
+        observer -- is told of that finishing.
 
         Raises Refused, Busy if another run has it, UsageError for a target that cannot be reached.
         """
@@ -99,7 +103,7 @@ class Replica:
             lock = lock_of(folder, paths)
             end, created = take(target, lock, held, size=source.size, writable=writable)
             replica = cls(Place(target, end, folder), source)
-            replica._created, replica._stop = created, stop
+            replica._created, replica._stop, replica._observer = created, stop, observer
             held.callback(replica._forget)
             replica._judge(link, force=force, writable=writable)
             replica._held = held.pop_all()
@@ -264,7 +268,7 @@ class Replica:
     def _settle(self, record: Record) -> Record:
         """Finish or drop what an earlier run staged; the record then."""
         self._place.record = record
-        self.finished, self.changed = settle(self._place, self.changed, self._stop)
+        self.finished, self.changed = settle(self._place, self.changed, self._stop, self._observer)
         return self._place.record
 
     def _is_gone(self, seal: Seal, now: Seal) -> bool:

@@ -12,11 +12,12 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from blktrack.errors import CopyFailed
 from blktrack.extent import ExtentArray, total
+from blktrack.observer import NOBODY, Observer
 from blktrack.rates import UNLIMITED, Rates
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import EndError, Endpoint, open_end
@@ -44,11 +45,12 @@ def room(
     *,
     stop: threading.Event,
     limit: Rates = UNLIMITED,
-    progress: Callable[[int], None] | None = None,
+    observer: Observer = NOBODY,
 ) -> Iterator[None]:
     """Around the staging of `extents` in `folder`: NoRoom if it cannot come to an end there."""
     free, changed = _free(folder), total(extents)
     if free is not None and changed > free:
+        observer.phase("looking whether it fits beside the replica", changed)
         with open_end(source) as end:
             counter = _Counter(end.size, free)
             try:
@@ -59,7 +61,7 @@ def room(
                     known_zero=True,
                     stop=stop,
                     limit=limit,
-                    progress=progress,
+                    progress=observer.done,
                 )
             except EndError as error:
                 if error.path != counter.path:

@@ -60,6 +60,11 @@ class Stage:
         self._dropped = False
 
     @property
+    def bytes(self) -> int:
+        """Of what is sealed, on the replica."""
+        return int(self.index[:, 1].sum())
+
+    @property
     def point(self) -> Point | None:
         """Where it leads, once it is sealed."""
         return self.header.point if self.header else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError
+from blktrack.observer import NOBODY, Observer
 from blktrack.report import ReplicaStatus
 from blktrack.ship.apply import finish
 from blktrack.ship.place import inspect
@@ -15,7 +16,7 @@ _NO_POINT = {
 }
 
 
-def replica_status(name: str, paths: Paths) -> ReplicaStatus | None:
+def replica_status(name: str, paths: Paths, observer: Observer = NOBODY) -> ReplicaStatus | None:
     """The replica at `name`, brought to its next point first if that waits complete; None if it is
     no replica.
 
@@ -23,7 +24,7 @@ def replica_status(name: str, paths: Paths) -> ReplicaStatus | None:
     """
     why_not = ""
     try:
-        finish(name, paths)
+        finish(name, paths, observer=observer)
     except BlktrackError as error:
         why_not = str(error)
     record, change = inspect(name, paths)

@@ -20,6 +20,7 @@ from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Window
 from blktrack.bpf.planes import Geometry
 from blktrack.device import bypasses_bios, device_id
 from blktrack.errors import BlktrackError, Refused, UsageError
+from blktrack.observer import NOBODY, Observer
 from blktrack.state import DeviceState, Doubt, Epoch, Store
 from blktrack.sysfs import BlockDevice, boot_id, memory_available
 from blktrack.tracker import account
@@ -70,7 +71,9 @@ def check_memory(
         )
 
 
-def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceState:
+def begin(
+    store: Store, device: BlockDevice, granularity: int | None, observer: Observer = NOBODY
+) -> DeviceState:
     """Start tracking anew, whatever was before. The caller holds the device's lock."""
     number = device_id(device)
     state = store.device(number) or DeviceState(number, device.path, device.permanent_name)
@@ -80,7 +83,7 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
         granularity = default_granularity(device.size, device.block_size)
     window = window_of(device, device.size, granularity)
     epoch = Epoch(str(uuid.uuid4()))
-    occupy(store, state, device, window, epoch)
+    occupy(store, state, device, window, epoch, observer=observer)
     state.path, state.name, state.wanted = device.path, device.permanent_name, True
     state.boot_id, state.release, state.diskseq = boot_id(), os.uname().release, device.diskseq
     state.size, state.start, state.granularity = device.size, device.start, granularity
@@ -99,13 +102,20 @@ def begin(store: Store, device: BlockDevice, granularity: int | None) -> DeviceS
 
 
 def occupy(
-    store: Store, state: DeviceState, device: BlockDevice, window: Window, epoch: Epoch
+    store: Store,
+    state: DeviceState,
+    device: BlockDevice,
+    window: Window,
+    epoch: Epoch,
+    *,
+    observer: Observer = NOBODY,
 ) -> None:
     """Attach programs and give the device a slot with empty maps, noted in `state` and `epoch`."""
     check_memory(device, window.geometry)
     if bypasses_bios(device):
         _refuse_rw_page(device)
-    with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
+    observer.phase(f"attaching the tracking programs to {device.path}", 0)
+    with durable.lock(store.kernel_lock, what="the tracking programs", wait=30, observer=observer):
         with install(store.paths.pins, window.kind) as kernel:
             for slot in kernel.slots(window.disk, window.start):
                 kernel.remove(slot)
@@ -121,6 +131,7 @@ def occupy(
                 account.remember(epoch, state.slot, counts)
     crash.point("begin-attached")
     if window.kind == abi.KIND_BIO:
+        observer.phase(f"waiting for a moment without I/O on {device.path}", 0)
         wait_for_bios(device)
     state.programs = {name: program.link_id for name, program in programs.items()}
     epoch.submit_missed, epoch.complete_missed = (

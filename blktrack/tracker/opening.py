@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from blktrack import durable
+from blktrack.observer import NOBODY, Observer
 from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.growth import grow
@@ -12,9 +13,13 @@ from blktrack.tracker.rest import resume
 from blktrack.tracker.tracking import Tracking
 
 
-def hold(store: Store, state_id: str, path: str) -> AbstractContextManager[None]:
+def hold(
+    store: Store, state_id: str, path: str, observer: Observer = NOBODY
+) -> AbstractContextManager[None]:
     """The device's lock: taken for as long as a swap and merge take, so waiting is the answer."""
-    return durable.lock(store.run(state_id) / "lock", what=f"device {path}", wait=30)
+    return durable.lock(
+        store.run(state_id) / "lock", what=f"device {path}", wait=30, observer=observer
+    )
 
 
 def open_tracking(store: Store, state: DeviceState, device: BlockDevice) -> Tracking:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from blktrack.device import check
 from blktrack.errors import BlktrackError
+from blktrack.observer import NOBODY, Observer
 from blktrack.report import DeviceAction
 from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
@@ -15,43 +16,46 @@ from blktrack.tracker.tracker import find_any, present
 from blktrack.tracker.tracking import Gap
 from blktrack.use import InUse
 
-Work = Callable[[Store, DeviceState, BlockDevice], DeviceAction]
+Work = Callable[[Store, DeviceState, BlockDevice, Observer], DeviceAction]
 
 
-def stop(store: Store, path: str | None) -> list[DeviceAction]:
+def stop(store: Store, path: str | None, observer: Observer = NOBODY) -> list[DeviceAction]:
     """Put devices that nobody uses to rest; those in use are tracked on until the host is off."""
-    return _each(store, path, _stop)
+    return _each(store, path, _stop, observer)
 
 
-def start(store: Store, path: str | None) -> list[DeviceAction]:
+def start(store: Store, path: str | None, observer: Observer = NOBODY) -> list[DeviceAction]:
     """Track on: in the same generation after a clean stop, in a new one after anything else."""
-    return _each(store, path, _start)
+    return _each(store, path, _start, observer)
 
 
-def _each(store: Store, path: str | None, work: Work) -> list[DeviceAction]:
+def _each(store: Store, path: str | None, work: Work, observer: Observer) -> list[DeviceAction]:
     if path is None:
         wanted = [state for state in store.devices() if state.wanted]
     else:
         wanted = [find_any(store, path)[0]]
-    return [_one(store, state, work) for state in wanted]
+    return [_one(store, state, work, observer) for state in wanted]
 
 
-def _one(store: Store, state: DeviceState, work: Work) -> DeviceAction:
+def _one(store: Store, state: DeviceState, work: Work, observer: Observer) -> DeviceAction:
     """One device; that it fails is told, and does not keep the others from their turn."""
     try:
         device = present(state)
         if device is None:
             return DeviceAction(state.path, "absent", "no device with its identity is there")
-        with hold(store, state.id, state.path):
+        with hold(store, state.id, state.path, observer):
             state = store.device(state.id) or state
-            return work(store, state, device)
+            return work(store, state, device, observer)
     except BlktrackError as error:
         return DeviceAction(state.path, "failed", str(error))
 
 
-def _stop(store: Store, state: DeviceState, device: BlockDevice) -> DeviceAction:
+def _stop(
+    store: Store, state: DeviceState, device: BlockDevice, observer: Observer
+) -> DeviceAction:
     if state.resting:
         return DeviceAction(device.path, "stopped", "it was already")
+    observer.phase(f"putting {device.path} to rest", 0)
     try:
         with open_tracking(store, state, device) as tracking:
             rest.put_to_rest(tracking)
@@ -64,12 +68,15 @@ def _stop(store: Store, state: DeviceState, device: BlockDevice) -> DeviceAction
     return DeviceAction(device.path, "stopped", "")
 
 
-def _start(store: Store, state: DeviceState, device: BlockDevice) -> DeviceAction:
+def _start(
+    store: Store, state: DeviceState, device: BlockDevice, observer: Observer
+) -> DeviceAction:
     resting = state.resting
+    observer.phase(f"tracking {device.path} on", 0)
     try:
         open_tracking(store, state, device).close()
     except Gap:
         check(device)
-        generation.begin(store, device, state.granularity or None)
+        generation.begin(store, device, state.granularity or None, observer)
         return DeviceAction(device.path, "began", state.doubts[-1].reason if state.doubts else "")
     return DeviceAction(device.path, "resumed" if resting else "tracking", "")

@@ -7,6 +7,7 @@ import os
 
 from blktrack.device import device_id, source
 from blktrack.errors import NotTracked, Refused, UsageError
+from blktrack.observer import NOBODY, Observer
 from blktrack.report import TrackReport
 from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
@@ -25,13 +26,15 @@ def find(store: Store, path: str) -> tuple[DeviceState, BlockDevice]:
     return state, device
 
 
-def track(store: Store, path: str, granularity: int | None) -> TrackReport:
+def track(
+    store: Store, path: str, granularity: int | None, observer: Observer = NOBODY
+) -> TrackReport:
     """Attach to a device; one that is tracked soundly is left as it is."""
     device = source(path)
     number = device_id(device)
     if granularity:
         generation.check_granularity(granularity, device)
-    with hold(store, number, path):
+    with hold(store, number, path, observer):
         state = store.device(number)
         began = True
         if state is not None and state.wanted:
@@ -44,7 +47,7 @@ def track(store: Store, path: str, granularity: int | None) -> TrackReport:
             )
         if began:
             kept = state.granularity if state is not None and state.wanted else None
-            state = generation.begin(store, device, granularity or kept)
+            state = generation.begin(store, device, granularity or kept, observer)
     assert state is not None
     window = generation.window_of(device, state.size, state.granularity)
     return TrackReport(
@@ -58,10 +61,10 @@ def track(store: Store, path: str, granularity: int | None) -> TrackReport:
     )
 
 
-def untrack(store: Store, path: str) -> None:
+def untrack(store: Store, path: str, observer: Observer = NOBODY) -> None:
     """Detach. What links had to ship is forgotten, so their next sync will be a resync."""
     state, _ = find_any(store, path)
-    with hold(store, state.id, path):
+    with hold(store, state.id, path, observer):
         generation.end(store, state, "it was untracked")
         generation.detach(store, state)
         store.drop_rest(state.id)
