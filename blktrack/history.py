@@ -226,7 +226,10 @@ def _content(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise BlktrackError(f"cannot read {path}: {error.strerror}") from error
+        raise BlktrackError(
+            f"cannot read {path}: {error.strerror}",
+            hint=f"make it readable, or move {path} away",
+        ) from error
 
 
 def _lines(content: bytes) -> list[bytes]:

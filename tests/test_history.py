@@ -376,12 +376,14 @@ def test_runs_that_fail_are_recorded(shared: Lab) -> None:
     shared.untrack(device)
     shared.track(device)
     assert shared.blktrack("sync", device, replica, "--no-resync").code == 3
-    assert shared.blktrack("sync", device, "/proc/version").code == 1
+    foreign = shared.name("foreign")
+    foreign.write_bytes(b"x" * MIB)
+    assert shared.blktrack("sync", device, foreign).code == 1
     good, busy, resync, refused = runs_of(shared, device)
     assert (good.exit, busy.exit, resync.exit, refused.exit) == (0, 6, 3, 1)
     assert busy.error == f"the link to {replica} is held by another run"
     assert "needs a resync" in resync.error or "has a gap" in resync.error
-    assert (refused.link, refused.target, refused.totals.runs) == ("", "/proc/version", 1)
+    assert (refused.link, refused.target, refused.totals.runs) == ("", str(foreign), 1)
     assert (resync.totals.runs, resync.totals.busy, resync.totals.failures) == (3, 1, 1)
 
 

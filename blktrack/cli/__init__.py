@@ -29,6 +29,7 @@ COMMANDS = {
     "send": "write a delta for a replica elsewhere",
     "recv": "bring a replica to where a delta leads",
     "verify": "compare a replica with its device",
+    "history": "what the last syncs did",
     "config": "check the policy file",
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",
