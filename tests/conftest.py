@@ -8,6 +8,7 @@ import random
 import pytest
 from hypothesis import settings
 
+from tests import reached  # before anything that imports blktrack
 from tests.needs import PROBES, Needs
 
 pytest_plugins = ["tests.blockdev", "tests.loopdev"]
@@ -21,6 +22,7 @@ SEED = int(os.environ.get("BLKTRACK_SEED") or random.SystemRandom().randrange(2*
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(reached.WHOLE)
     for name in PROBES:
         config.addinivalue_line("markers", f"{name}: the test needs {name}; see tests/needs.py")
 

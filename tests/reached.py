@@ -1,0 +1,84 @@
+"""Watches which messages of the product a test run reaches, and says which it did not.
+
+Imported before anything of blktrack: see tests/recorder. BLKTRACK_REACHED=DIR keeps the record.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.message_sites import PACKAGE, Site, error_classes, sites_of
+from tests.recorder import sitecustomize
+
+LAST = "test_every_message_is_reached"
+
+
+def _begin() -> Path:
+    """The folder of the record: of the session around this one, if it is within one."""
+    if given := os.environ.get(sitecustomize.VARIABLE):
+        folder = Path(given)
+        folder.mkdir(exist_ok=True)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="blktrack-reached-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder.chmod(0o777)  # some tests are another user
+    os.environ[sitecustomize.VARIABLE] = str(folder)
+    above = os.environ.get("PYTHONPATH")
+    if sitecustomize.HERE not in (above or "").split(os.pathsep):
+        words = [sitecustomize.HERE, *([above] if above else [])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(words)
+    sitecustomize.install(str(folder))
+    return folder
+
+
+FOLDER = _begin()
+
+
+def never_reached(folder: Path = FOLDER) -> list[Site]:
+    """Of all places, those that no process has come to."""
+    errors = error_classes()
+    missed = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        sites = sites_of(path, errors)
+        if not sites:
+            continue
+        name = ".".join([PACKAGE.name, *([module] if (module := sites[0].module) else [])])
+        try:
+            marks = (folder / name).read_bytes()
+        except FileNotFoundError:
+            marks = bytes(sitecustomize.ROOM)
+        missed += [site for number, site in enumerate(sites) if not marks[number]]
+    return missed
+
+
+class Whole:
+    """Whether this session is the whole default set, and what of it was skipped."""
+
+    def __init__(self) -> None:
+        self.why_not = "it has not begun"
+        self.skipped: list[str] = []
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        items.sort(key=lambda item: item.name == LAST)
+        self.why_not = ""
+        if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+            self.why_not = "only some files of the tests run"
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        if any(not item.get_closest_marker("soak") for item in items):
+            self.why_not = "some tests were deselected"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+
+WHOLE = Whole()
