@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import stat
 import sys
 import time
@@ -24,6 +25,7 @@ from blktrack.ship.receive import receive
 from blktrack.units import format_duration, format_size
 
 EXITS = ("6", "128+N")
+_LOOK_EVERY = 1000  # milliseconds
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     with (
         Watcher(quiet=args.quiet) as watcher,
         interruptible("receiving", "a replica that had a point is at it, or gets to the next"),
-        open(sys.stdin.fileno(), "rb", closefd=False) as file,
     ):
+        file = _Input(sys.stdin.fileno())
         info = os.fstat(file.fileno())
         watcher.phase("recv", info.st_size if stat.S_ISREG(info.st_mode) else 0)
         report = receive(file, args.target, paths(), force=args.force, observer=watcher)
@@ -56,6 +58,30 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print(describe(report))
     return 0
+
+
+class _Input:
+    """A file that is waited for where signals are seen.
+
+    Python sees one between two steps of its own or where it breaks a wait. One that comes at the
+    very end of a step would be seen after the read that follows: never, if the sender is stuck.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        while not self._poll.poll(_LOOK_EVERY):
+            pass
+        try:
+            return os.readv(self._fd, [buffer])
+        except BlockingIOError:
+            return None
 
 
 def describe(report: RecvReport) -> str:
