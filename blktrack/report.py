@@ -286,8 +286,9 @@ class DeviceAction(Report):
     """What `start` or `stop` did."""
 
     device: str
-    action: str  # stopped, in use, gap; resumed, tracking, began; absent, failed
+    action: str  # stopped, in use, gap; resumed, tracking, began; absent, busy, failed
     reason: str
+    hint: str = ""  # what to do about it
 
 
 @dataclass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.blockdev import TOP, Done, Lab, wait_until
@@ -19,11 +20,21 @@ UNSHARED = ("unshare", "--mount", "--propagation=private")
 class Running:
     """A blktrack command in the background, which does not outlive the test."""
 
-    def __init__(self, lab: Lab, *words: str | Path, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        *words: str | Path,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        stdin: int | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "blktrack", *(str(word) for word in words)],
             cwd=TOP,
+            env={**os.environ, **(env or {})},
             text=True,
+            errors="replace",  # what `send` writes is no text
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -57,6 +68,27 @@ class Running:
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
+
+
+def past_start(process: subprocess.Popen[str]) -> Callable[[], bool]:
+    """Whether our code runs by now: SIGINT was caught, by Python as it starts, and is not any more.
+
+    During Python's own start it ends in a traceback of Python's. True as well for what has ended.
+    """
+    seen = False
+
+    def past() -> bool:
+        nonlocal seen
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            return True
+        line = next((text for text in status.split("\n") if text.startswith("SigCgt:")), "")
+        caught = bool(int(line.split()[1], 16) >> (signal.SIGINT - 1) & 1) if line else False
+        seen = seen or caught
+        return (seen and not caught) or process.poll() is not None
+
+    return past
 
 
 def assert_clear(done: Done, code: int, *says: str) -> None:

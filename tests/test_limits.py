@@ -24,7 +24,7 @@ from blktrack.device import device_id
 from blktrack.errors import NotTracked
 from blktrack.sysfs import BlockDevice
 from blktrack.units import GIB, KIB, MIB
-from tests.background import TRACEBACK, UNSHARED, Running, assert_clear
+from tests.background import TRACEBACK, UNSHARED, Running, assert_clear, past_start
 from tests.blockdev import TOP, Done, Lab, run, wait_until
 from tests.faultfs import FaultFile
 from tests.test_events import SIZE, change, filled, identical, resize
@@ -363,27 +363,6 @@ def test_untrack_while_a_sync_runs(shared: Lab) -> None:
     shared.track(device)
     assert shared.sync(device, replica).mode == "initial"
     assert identical(device, replica)
-
-
-def past_start(process: subprocess.Popen[str]) -> Callable[[], bool]:
-    """Whether our code runs by now: SIGINT was caught, by Python as it starts, and is not any more.
-
-    During Python's own start it ends in a traceback of Python's. True as well for what has ended.
-    """
-    seen = False
-
-    def past() -> bool:
-        nonlocal seen
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-        except OSError:
-            return True
-        line = next((text for text in status.split("\n") if text.startswith("SigCgt:")), "")
-        caught = bool(int(line.split()[1], 16) >> (signal.SIGINT - 1) & 1) if line else False
-        seen = seen or caught
-        return (seen and not caught) or process.poll() is not None
-
-    return past
 
 
 def test_a_signal_at_any_time(shared: Lab, seed: int) -> None:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     with Watcher(quiet=args.quiet) as watcher:
         report = ServiceReport(service.start(store(), args.device, watcher))
     # A device that is away at boot does not fail the others' unit; one asked for by name does.
-    codes = {"failed": 1, "absent": 1 if args.device else 0}
+    codes = {"failed": 1, "busy": 6, "absent": 1 if args.device else 0}
     show(report, codes, args)
     return exit_code(report, codes)
 
@@ -41,6 +41,8 @@ def show(report: ServiceReport, codes: dict[str, int], args: argparse.Namespace)
         line = f"{done.device}: {done.action}{f', {done.reason}' if done.reason else ''}"
         if codes.get(done.action):
             print(f"blktrack: {line}", file=sys.stderr)
+            if done.hint:
+                print(f"  -> {done.hint}", file=sys.stderr)
         elif not args.json and not args.quiet:
             print(line)
 

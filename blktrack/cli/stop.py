@@ -17,7 +17,7 @@ from blktrack.report import ServiceReport
 from blktrack.tracker import service
 
 EXITS = ("3", "6")
-_CODES = {"failed": 1, "in use": 6}
+_CODES = {"failed": 1, "busy": 6, "in use": 6}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

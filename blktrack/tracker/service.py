@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from blktrack.device import check
-from blktrack.errors import BlktrackError
+from blktrack.errors import BlktrackError, Busy
 from blktrack.observer import NOBODY, Observer
 from blktrack.report import DeviceAction
 from blktrack.state import DeviceState, Store
@@ -42,12 +42,19 @@ def _one(store: Store, state: DeviceState, work: Work, observer: Observer) -> De
     try:
         device = present(state)
         if device is None:
-            return DeviceAction(state.path, "absent", "no device with its identity is there")
+            return DeviceAction(
+                state.path,
+                "absent",
+                "no device with its identity is there",
+                hint="connect it; if it is gone for good, blktrack untrack it",
+            )
         with hold(store, state.id, state.path, observer):
             state = store.device(state.id) or state
             return work(store, state, device, observer)
+    except Busy as error:
+        return DeviceAction(state.path, "busy", str(error), error.hint)
     except BlktrackError as error:
-        return DeviceAction(state.path, "failed", str(error))
+        return DeviceAction(state.path, "failed", str(error), error.hint)
 
 
 def _stop(
@@ -62,7 +69,13 @@ def _stop(
     except InUse as error:
         state.in_use = str(error)
         store.save_device(state)
-        return DeviceAction(device.path, "in use", str(error))
+        return DeviceAction(
+            device.path,
+            "in use",
+            str(error),
+            hint="it is tracked on; end what uses it and run this again before the host goes down, "
+            "or its next syncs are resyncs",
+        )
     except Gap:
         return DeviceAction(device.path, "gap", state.doubts[-1].reason if state.doubts else "")
     return DeviceAction(device.path, "stopped", "")
