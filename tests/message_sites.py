@@ -14,7 +14,7 @@ from types import CodeType
 
 PACKAGE = Path(__file__).resolve().parent.parent / "blktrack"
 ROOTS = {"BlktrackError", "ArgumentTypeError"}
-SAYERS = {"warn", "_complain", "complain"}
+SAYERS = {"warn", "_complain", "complain", "Problem", "_problem"}
 MARK = "__reached__"  # in the globals of a marked module: a byte for each of its places
 
 _CLASS = re.compile(r"^class (\w+)\(([\w., ]+)\)", re.MULTILINE)

@@ -13,22 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.message_sites import PACKAGE, Site, error_classes, sites_of
+from tests.message_sites import PACKAGE, Site, error_classes, module_name, sites_of
 from tests.recorder import sitecustomize
+from tests.recorder.sitecustomize import MARKS, MODULES, ROOM, VARIABLE
 
 LAST = "test_every_message_is_reached"
 
 
 def _begin() -> Path:
     """The folder of the record: of the session around this one, if it is within one."""
-    if given := os.environ.get(sitecustomize.VARIABLE):
+    if given := os.environ.get(VARIABLE):
         folder = Path(given)
-        folder.mkdir(exist_ok=True)
     else:
         folder = Path(tempfile.mkdtemp(prefix="blktrack-reached-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder.chmod(0o777)  # some tests are another user
-    os.environ[sitecustomize.VARIABLE] = str(folder)
+        atexit.register(_remove, folder, os.getpid())
+    if not (folder / MARKS).exists():
+        _prepare(folder)
+    os.environ[VARIABLE] = str(folder)
     above = os.environ.get("PYTHONPATH")
     if sitecustomize.HERE not in (above or "").split(os.pathsep):
         words = [sitecustomize.HERE, *([above] if above else [])]
@@ -37,23 +38,33 @@ def _begin() -> Path:
     return folder
 
 
+def _remove(folder: Path, pid: int) -> None:
+    """Not where a child of this process ends."""
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prepare(folder: Path) -> None:
+    names = [".".join(word for word in (PACKAGE.name, name) if word) for name in PATHS]
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)  # some tests are another user
+    (folder / MODULES).write_text("\n".join(names), encoding="utf-8")
+    (folder / MARKS).write_bytes(bytes(ROOM * len(names)))
+    (folder / MARKS).chmod(0o666)
+
+
+PATHS = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 FOLDER = _begin()
 
 
 def never_reached(folder: Path = FOLDER) -> list[Site]:
     """Of all places, those that no process has come to."""
-    errors = error_classes()
+    errors, marks = error_classes(), (folder / MARKS).read_bytes()
     missed = []
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for start, path in zip(range(0, len(marks), ROOM), PATHS.values(), strict=True):
         sites = sites_of(path, errors)
-        if not sites:
-            continue
-        name = ".".join([PACKAGE.name, *([module] if (module := sites[0].module) else [])])
-        try:
-            marks = (folder / name).read_bytes()
-        except FileNotFoundError:
-            marks = bytes(sitecustomize.ROOM)
-        missed += [site for number, site in enumerate(sites) if not marks[number]]
+        assert len(sites) <= ROOM
+        missed += [site for site, mark in zip(sites, marks[start:], strict=False) if not mark]
     return missed
 
 

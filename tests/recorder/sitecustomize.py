@@ -2,8 +2,8 @@
 
 Python loads a module of this name by itself wherever its folder is in PYTHONPATH, so that commands
 that tests start are watched too. With BLKTRACK_REACHED=DIR, modules of blktrack get marks
-(tests/message_sites.py) that set a byte each in a file in DIR, mapped shared: what a process
-reached is on record whatever kills it, and no limit of files or sizes is in the way.
+(tests/message_sites.py) that set a byte each in one file in DIR, mapped shared: what a process
+reached is on record whatever kills it, and no limit of open files or sizes is in the way.
 
 Every process pays for what is imported here, so it is little.
 """
@@ -18,42 +18,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
-    from mmap import mmap
     from types import CodeType, ModuleType
 
 VARIABLE = "BLKTRACK_REACHED"
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
-ROOM = 4096  # bytes, one for each place of a module
+MODULES, MARKS = "modules", "marks"  # files in DIR: names, and ROOM bytes for each of them
+ROOM = 256  # more places than any module has
 
 
 class Marking(SourceFileLoader):
     """Loads a module of blktrack with marks."""
 
-    def __init__(self, name: str, path: str, folder: str) -> None:
+    def __init__(self, name: str, path: str, folder: str, marks: memoryview | bytearray) -> None:
         super().__init__(name, path)
-        self._folder = folder
+        self._folder, self._marks = folder, marks
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["__reached__"] = self._bytes()
+        module.__dict__["__reached__"] = self._marks
         super().exec_module(module)
-
-    def _bytes(self) -> mmap | bytearray:
-        from mmap import mmap
-
-        try:
-            fd = os.open(f"{self._folder}/{self.name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        except OSError:
-            return bytearray(ROOM)
-        try:
-            if os.fstat(fd).st_size < ROOM:
-                os.fchmod(fd, 0o666)  # another user may come next
-                os.truncate(fd, ROOM)
-            return mmap(fd, ROOM)
-        except OSError:
-            return bytearray(ROOM)
-        finally:
-            os.close(fd)
 
     def get_code(self, fullname: str) -> CodeType:
         """Kept in the folder: to make it takes longer than most commands."""
@@ -89,7 +72,14 @@ class BlktrackFinder:
     """Finds the modules of the blktrack that these tests are of; other copies go unwatched."""
 
     def __init__(self, folder: str) -> None:
+        from mmap import mmap
+
         self._folder = folder
+        with open(f"{folder}/{MODULES}", encoding="utf-8") as file:
+            self._modules = file.read().split()
+        # One descriptor, whatever limit of them a test sets.
+        with open(f"{folder}/{MARKS}", "r+b") as marks:
+            self._marks = memoryview(mmap(marks.fileno(), 0))
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -99,8 +89,14 @@ class BlktrackFinder:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.origin and spec.origin.startswith(f"{TOP}/blktrack/"):
-            spec.loader = Marking(name, spec.origin, self._folder)
+            spec.loader = Marking(name, spec.origin, self._folder, self._marks_of(name))
         return spec
+
+    def _marks_of(self, name: str) -> memoryview | bytearray:
+        if name not in self._modules:  # it is new: the next run has it
+            return bytearray(ROOM)
+        start = self._modules.index(name) * ROOM
+        return self._marks[start : start + ROOM]
 
 
 def install(folder: str) -> None:
