@@ -27,6 +27,7 @@ class Running:
         prefix: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         stdin: int | None = None,
+        stdout: int = subprocess.PIPE,
     ) -> None:
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "blktrack", *(str(word) for word in words)],
@@ -35,7 +36,7 @@ class Running:
             text=True,
             errors="replace",  # what `send` writes is no text
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )

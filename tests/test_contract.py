@@ -1,35 +1,34 @@
 """What the outside may rely on: which commands end with which codes, and what goes where.
 
 TABLE has a row for every command and a mark for every code that it may end with; each mark is a
-case that really ends that way. What the reports hold is in test_contract_json.py.
+case that really ends that way. Signals are in test_contract_signals.py, what reports hold is in
+test_contract_json.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import fcntl
-import importlib
-import json
-import os
 import re
-import signal
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 
-from blktrack.cli import COMMANDS
-from blktrack.options import Options
-from blktrack.state import Store
-from blktrack.units import KIB, MIB
-from tests.background import TRACEBACK, Running, past_start
-from tests.blockdev import Done, Lab, wait_until
-from tests.streams import LINK, Hosts
+from blktrack.cli import COMMANDS, parsers
+from blktrack.units import KIB
+from tests.background import TRACEBACK, Running
+from tests.bench import (
+    DEVICE_STATE,
+    SIZE,
+    TELLS,
+    WAITING,
+    Bench,
+    carried,
+    locked,
+    received,
+    state_of,
+)
+from tests.blockdev import Done
+from tests.streams import LINK
 from tests.test_events import change, filled
 from tests.test_oracle import repeating
 
@@ -50,12 +49,12 @@ recv      x  x  x  .  .  .  x  x
 verify    x  x  x  x  x  x  x  x
 start     x  x  x  x  .  .  x  x
 stop      x  x  x  x  .  .  x  x
+config    x  x  x  .  .  .  .  x
 service   x  x  x  .  .  .  .  x
+completion x x  x  .  .  .  .  .
+help      x  x  x  .  .  .  .  .
 """
 HOOK_FAILS = ("--consistency", "filesystem", "--pre-freeze", "false")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SIZE = 4 * MIB
-DEVICE_STATE = "var/lib/blktrack/devices/x/device.json"  # below BLKTRACK_ROOT
 
 # A command line per mark: DEVICE and the like stand for what Bench has. No two need an order.
 WORDS = {
@@ -96,93 +95,15 @@ WORDS = {
     ("start", 3): "start PLAIN",
     ("stop", 2): "stop --all",
     ("stop", 3): "stop PLAIN",
+    ("config", 0): "config check --file POLICY",
+    ("config", 2): "config check --file /nowhere/policy",
     ("service", 0): "service show",
     ("service", 2): "service begin",
+    ("completion", 0): "completion bash",
+    ("completion", 2): "completion fish",
+    ("help", 0): "help sync",
+    ("help", 2): "help me",
 }
-# These wait for the lock of a device, half a minute, before they say that it is held.
-WAITING = {
-    "track": "track HELD",
-    "untrack": "untrack HELD",
-    "status": "status HELD",
-    "extents": "extents HELD",
-    "start": "start HELD",
-    "stop": "stop HELD",
-}
-
-
-@dataclass
-class Bench:
-    """Devices in the states that the cases are of."""
-
-    lab: Lab
-    hosts: Hosts  # DEVICE is its source
-    named: dict[str, str]
-    waiting: dict[str, Running] = field(default_factory=dict)
-
-    def words(self, line: str) -> list[str]:
-        return [self.named.get(word, word) for word in line.split()]
-
-    def run(self, line: str, **env: str) -> Done:
-        return self.lab.blktrack(*self.words(line), env=env)
-
-    def waited(self, name: str) -> Done:
-        return self.waiting[name].end()
-
-    def begin(self, line: str, stdin: int | None = None, **env: str) -> Running:
-        return Running(self.lab, *self.words(line), env=env, stdin=stdin)
-
-
-@contextlib.contextmanager
-def locked(path: Path | str) -> Iterator[None]:
-    """As another run has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def lock_of(store: Store, device: str) -> Path:
-    return store.run(state_of(store, device)) / "lock"
-
-
-def state_of(store: Store, device: str) -> str:
-    (found,) = [state.id for state in store.devices() if state.path == device]
-    return found
-
-
-@pytest.fixture(scope="module")
-def bench(attached: Lab) -> Iterator[Bench]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BLKTRACK_ROOT", str(attached.folder / "root"))
-        with attached.fresh() as lab, contextlib.ExitStack() as locks:
-            hosts = Hosts(lab, SIZE)
-            hosts.carry()
-            held, empty = filled(lab, SIZE), lab.own_loop(SIZE, lab.name("disk"))
-            lab.track(held)
-            replica, taken, stale = (lab.name("replica") for _ in range(3))
-            for target in (replica, taken):
-                lab.sync(hosts.source, target)
-            stale.write_bytes(bytes(SIZE))
-            subprocess.run(["losetup", "--detach", empty], check=True)
-            made = Bench(
-                lab,
-                hosts,
-                {
-                    "DEVICE": hosts.source,
-                    "PLAIN": filled(lab, SIZE),
-                    "HELD": held,
-                    "EMPTY": empty,
-                    "REPLICA": str(replica),
-                    "TAKEN": str(taken),
-                    "STALE": str(stale),
-                },
-            )
-            locks.enter_context(locked(lock_of(lab.store, held)))
-            locks.enter_context(locked(taken))
-            made.waiting = {name: made.begin(line) for name, line in WAITING.items()}
-            yield made
 
 
 Case = Callable[[Bench], Done]
@@ -268,20 +189,28 @@ def _(bench: Bench) -> Done:
             change(device, offset, 256 * KIB)
 
     with repeating(rewrite):
-        return bench.run(f"verify {device} {replica} --repair")
+        return bench.run(f"verify {device} {replica} --repair --limit 8M")
 
 
-def received(bench: Bench, delta: bytes, target: str, *words: str) -> Done:
-    file = bench.lab.name("delta")
-    file.write_bytes(delta)
-    with file.open("rb") as stdin:
-        line = f"recv {target} {' '.join(words)}"
-        return bench.begin(line, stdin=stdin.fileno(), **bench.hosts.there).end()
-
-
-CASES["recv", 0] = lambda bench: received(bench, bench.hosts.sent()[0], str(bench.hosts.target))
+CASES["recv", 0] = carried
 CASES["recv", 1] = lambda bench: received(bench, b"no delta" * 100, str(bench.hosts.target))
 CASES["recv", 6] = lambda bench: received(bench, bench.hosts.sent()[0], "TAKEN")
+
+
+def unwritten(line: str) -> Case:
+    """There is no room for what it prints."""
+
+    def work(bench: Bench) -> Done:
+        with open("/dev/full", "w", encoding="ascii") as full:
+            running = bench.begin(line, stdout=full.fileno())
+            done = running.end()
+        return Done(done.code, "", done.err)
+
+    return work
+
+
+for name in ("config", "completion", "help"):
+    CASES[name, 1] = unwritten(WORDS[name, 0])
 
 
 @case("service", 1)
@@ -311,7 +240,16 @@ def marks() -> list[tuple[str, int]]:
 def test_every_command_has_a_row_and_every_mark_a_case() -> None:
     assert set(rows()) == set(COMMANDS)
     assert set(marks()) == set(CASES)
-    assert {command for command, row in rows().items() if row["128+"]} == set(ON_THE_WAY)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_the_same_codes(command: str) -> None:
+    documented = parsers().subparsers[command].exits
+    assert {int(code) for code in documented if code.isdigit()} == {
+        code for name, code in marks() if name == command
+    }
+    # What every process does on a signal needs no words.
+    assert ("128+N" in documented) == (command in TELLS)
 
 
 @pytest.mark.parametrize(("command", "code"), marks(), ids=str)
@@ -323,141 +261,5 @@ def test_codes(bench: Bench, command: str, code: int) -> None:
         assert done.err.count("\n") <= (2 if command == "send" else 0), "progress or a warning"
     elif (command, code) not in (("doctor", 1), ("verify", 5)):  # which report
         assert command == "send" or done.out == ""  # a delta without an end is none
-        by_parser = code == 2 and done.err.startswith("usage: ")
         *_, sentence, hint = ["", *done.err.strip().splitlines()]
-        if by_parser:
-            assert re.match(f"blktrack( {command})?: error: ", hint), done.err
-        else:
-            assert sentence.startswith("blktrack: ") and hint.startswith("  -> "), done.err
-
-
-Start = Callable[[Bench, contextlib.ExitStack], Running]
-
-
-def on_the_way(line: str, *opens: str) -> Start:
-    """It has this open, and is slow."""
-
-    def begin(bench: Bench, _: contextlib.ExitStack) -> Running:
-        running = bench.begin(line.replace("NEW", str(bench.lab.name("replica"))))
-        running.until_open(*(bench.named[name] for name in opens))
-        return running
-
-    return begin
-
-
-def waits(line: str) -> Start:
-    """For the lock of a device."""
-
-    def begin(bench: Bench, _: contextlib.ExitStack) -> Running:
-        running = bench.begin(line)
-        running.until_open(lock_of(bench.lab.store, bench.named["HELD"]))
-        return running
-
-    return begin
-
-
-def doctor_on_the_way(bench: Bench, _: contextlib.ExitStack) -> Running:
-    running = bench.begin("doctor")
-    wait_until(past_start(running.process), "the start")
-    return running
-
-
-def recv_on_the_way(bench: Bench, stack: contextlib.ExitStack) -> Running:
-    """Its sender has sent a part, and is stuck."""
-    delta, _ = bench.hosts.sent(Options(full=True))
-    target = bench.lab.name("replica")
-    reader, writer = os.pipe()
-    stdin, file = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
-    stack.callback(file.close)
-    with stdin:
-        running = bench.begin(f"recv {target}", stdin=reader, **bench.hosts.there)
-    thread = threading.Thread(target=file.write, args=(delta[: SIZE // 2],))
-    thread.start()
-    running.until_open(target)
-    thread.join()
-    return running
-
-
-def service_on_the_way(bench: Bench, stack: contextlib.ExitStack) -> Running:
-    """Its state is slow to be read: a pipe that has nothing in it."""
-    root = bench.lab.name("root")
-    state = root / DEVICE_STATE
-    state.parent.mkdir(parents=True)
-    os.mkfifo(state)
-    running = bench.begin("service show", BLKTRACK_ROOT=str(root))
-    found: list[int] = []
-
-    def has_come() -> bool:
-        with contextlib.suppress(OSError):  # nobody reads it
-            found.append(os.open(state, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(found)
-
-    wait_until(has_come, "the reading of the state")
-    stack.callback(os.close, found[0])
-    return running
-
-
-ON_THE_WAY: dict[str, Start] = {
-    "doctor": doctor_on_the_way,
-    "recv": recv_on_the_way,
-    "service": service_on_the_way,
-    "sync": on_the_way("sync DEVICE NEW --limit 256K", "DEVICE"),
-    "send": on_the_way(f"send DEVICE --link {LINK} --full --limit 256K", "DEVICE"),
-    "verify": on_the_way("verify DEVICE REPLICA --limit 256K", "DEVICE", "REPLICA"),
-    **{name: waits(line) for name, line in WAITING.items()},
-}
-TELLS = {"sync", "send", "recv", "verify"}  # what there is to tell of what was done so far
-
-
-@pytest.mark.parametrize("command", ON_THE_WAY)
-def test_codes_of_signals(bench: Bench, command: str) -> None:
-    for number in SIGNALS:
-        with contextlib.ExitStack() as stack:
-            running = ON_THE_WAY[command](bench, stack)
-            running.process.send_signal(number)
-            done = running.end()
-        # A shell shows a death by a signal as 128+N too.
-        assert done.code == (128 + number if command in TELLS else -number), done
-        assert TRACEBACK not in done.err
-        assert ("interrupted" in done.err) == (command in TELLS), done.err
-    assert bench.lab.status(bench.hosts.source)["state"] == "tracking"
-
-
-def options_of(command: str) -> set[str]:
-    parser = argparse.ArgumentParser()
-    importlib.import_module(f"blktrack.cli.{command}").arguments(parser)
-    return {word for action in parser._actions for word in action.option_strings}
-
-
-CONTROL = re.compile(r"[^\n\x20-\x7e\u00a0-\uffff]")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_what_goes_where(bench: Bench, command: str) -> None:
-    """The result on standard output, only errors on standard error, and no control characters;
-    nothing at all with --quiet, one object with --json."""
-    known = options_of(command)
-    for how in ("", "--quiet", "--json"):
-        if how and how not in known:
-            continue
-        done = well(bench, command, how)
-        assert done.code == 0, done
-        result, other = (done.err, done.out) if command == "send" else (done.out, done.err)
-        assert not CONTROL.search(result), result
-        assert command == "send" or other == ""
-        if how == "--json":
-            assert result.count("\n") == 1 and isinstance(json.loads(result), dict)
-        else:
-            assert bool(result) == (how == ""), result
-
-
-def well(bench: Bench, command: str, how: str) -> Done:
-    """A run of a command in which all is well."""
-    match command:
-        case "recv":
-            return received(bench, bench.hosts.sent()[0], str(bench.hosts.target), how)
-        case "untrack" | "stop":
-            device = filled(bench.lab, SIZE)
-            bench.lab.track(device)
-            return bench.run(f"{command} {device} {how}")
-    return bench.run(f"{WORDS[command, 0]} {how}")
+        assert re.match("blktrack[a-z ]*: ", sentence) and hint.startswith("  -> "), done.err

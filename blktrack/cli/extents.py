@@ -11,7 +11,7 @@ import argparse
 from blktrack.cli.common import add_json, emit, store
 from blktrack.tracker import status
 
-EXITS = {"3": "the device is not tracked"}
+EXITS = {"3": "the device is not tracked", "6": "busy: another run holds the device"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

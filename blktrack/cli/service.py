@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         for path in systemd.install(devices, args.to):
             print(f"{path}: written")
     else:
+        ordering = systemd.ordering(devices)
         print(systemd.unit())
         print(f"# {systemd.UNIT}.d/devices.conf")
-        print(systemd.ordering(devices), end="")
+        print(ordering, end="")
     return 0

@@ -15,7 +15,7 @@ from blktrack.cli.progress import Watcher
 from blktrack.report import ServiceReport
 from blktrack.tracker import service
 
-EXITS = ("3",)
+EXITS = {"3": "the device is not tracked", "6": "busy: another run holds the device"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,10 @@ from blktrack.ship.tell import replica_status
 from blktrack.tracker.status import status
 from blktrack.units import format_duration, format_size
 
-EXITS = {"3": "the device is not tracked, and the file no replica"}
+EXITS = {
+    "3": "the device is not tracked, and the file no replica",
+    "6": "busy: another run holds the device",
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

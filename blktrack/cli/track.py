@@ -14,6 +14,8 @@ from blktrack.cli.progress import Watcher
 from blktrack.tracker import tracker
 from blktrack.units import format_size
 
+EXITS = {"6": "busy: another run holds the device"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="a disk, partition or logical volume")

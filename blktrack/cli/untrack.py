@@ -11,7 +11,7 @@ from blktrack.cli.common import add_quiet, renew_unit, store
 from blktrack.cli.progress import Watcher
 from blktrack.tracker import tracker
 
-EXITS = {"3": "the device is not tracked"}
+EXITS = {"3": "the device is not tracked", "6": "busy: another run holds the device"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,9 @@ from blktrack.verify import repair, verify
 
 EXITS = {
     "3": "the device is not tracked (with --repair)",
+    "4": "no consistent point was reached (with --repair)",
     "5": "the replica differs from its device",
-    "6": "busy: another run holds the replica",
+    "6": "busy: another run holds the replica, or with --repair the device",
     "128+N": "stopped by signal N",
 }
 _SHOWN = 10
