@@ -141,7 +141,18 @@ PROBES: dict[str, Probe] = {
     "systemd": functools.partial(tool, "systemd-analyze"),
     **{
         name: functools.partial(tool, name)
-        for name in ("blktrace", "fio", "gcc", "man", "mandoc", "rsync", "sfdisk", "sqlite3", "zsh")
+        for name in (
+            "blktrace",
+            "fio",
+            "gcc",
+            "man",
+            "mandoc",
+            "qemu-system-x86_64",
+            "rsync",
+            "sfdisk",
+            "sqlite3",
+            "zsh",
+        )
     },
 }
 

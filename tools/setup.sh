@@ -22,6 +22,7 @@ dev_packages=(
     man-db         # tests: man and lexgrog read the man pages
     mandoc         # tests: its lint reads them too
     postgresql     # tests: a database that is replicated while it is written
+    qemu-system-x86  # tests: a replica that boots
     rsync          # benchmark: what an incremental sync is measured against
     systemd        # tests: systemd-analyze reads the unit as systemd will
     sqlite3        # demo: the database that is written while it is replicated
