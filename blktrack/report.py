@@ -294,3 +294,53 @@ class DeviceAction(Report):
 @dataclass
 class ServiceReport(Report):
     devices: list[DeviceAction]
+
+
+@dataclass
+class TopLink(Report):
+    target: str  # "": streams
+    name: str
+    state: str  # as in LinkStatus
+    reason: str
+    epoch: int | None
+    point: float | None
+    consistency: str | None
+    lag_s: float | None
+    rpo_warning_s: float | None  # of the policy; None: it promises nothing
+    rpo_error_s: float | None
+    pending_bytes: int | None  # None: not known
+    sync_rate: float | None  # bytes a second of its last sync that shipped anything
+    eta_s: float | None  # for what is pending, at that rate
+
+
+@dataclass
+class TopDevice(Report):
+    """Rates are means since the reading before; None: there is none to compare with."""
+
+    device: str
+    size: int
+    granularity: int
+    state: str  # tracking, gap, absent, stopped
+    reason: str  # why not tracking
+    generation: str
+    epoch: int
+    write_rate: float | None  # bytes a second
+    writes_rate: float | None  # writes a second
+    dirty_rate: float | None  # granules that became dirty a second; at least so many
+    dirty_bytes: int | None  # changed since the last drain
+    written_bytes: int  # since the generation began
+    writes: int
+    losses: int
+    cost_ns: float | None  # of both programs for a change; None: the kernel does not time them
+    heat: list[float]  # share dirty of each of up to 256 equal parts: what any link has to ship
+    links: list[TopLink] = field(default_factory=list)
+
+
+@dataclass
+class TopReport(Report):
+    """One look at everything that is tracked."""
+
+    time: float
+    interval_s: float | None  # since the reading before
+    programs_share: float | None  # of one CPU, by the programs; None: the kernel does not time them
+    devices: list[TopDevice]

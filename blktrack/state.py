@@ -202,9 +202,9 @@ class Store:
     def links(self, device: str) -> list[LinkState]:
         folder = self.lib(device) / "links"
         files = sorted(folder.glob("*.json")) if folder.is_dir() else []
-        return [link for file in files if (link := self._link(file))]
+        return [link for file in files if (link := self.link(file))]
 
-    def _link(self, file: Path) -> LinkState | None:
+    def link(self, file: Path) -> LinkState | None:
         raw = _read(file)
         if raw is None:
             return None

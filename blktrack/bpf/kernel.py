@@ -74,7 +74,7 @@ def _key(number: int) -> bytes:
 class Kernel:
     """Open pins below `root`. Detached if they are not all there."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, writable: bool = True) -> None:
         self.root = root
         self.pins = pins = root / fingerprint()
         self._fds: dict[str, int] = {}
@@ -84,7 +84,8 @@ class Kernel:
         except OSError as error:
             self.close()
             raise Detached(f"the tracking maps are gone from {pins} ({error.strerror})") from error
-        self._memory = mmap.mmap(self._fds["windows"], abi.WINDOWS.itemsize)
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self._memory = mmap.mmap(self._fds["windows"], abi.WINDOWS.itemsize, access=access)
         self._windows: NDArray[Any] = np.frombuffer(self._memory, dtype=abi.WINDOWS)
 
     def programs(self, kind: int) -> dict[str, Program]:

@@ -18,6 +18,7 @@ MAP_HASH, MAP_ARRAY, MAP_PERCPU_ARRAY, MAP_ARRAY_OF_MAPS = 1, 2, 6, 12
 PROG_TYPE_TRACING, TRACE_RAW_TP = 26, 23
 F_MMAPABLE, F_INNER_MAP = 1 << 10, 1 << 12
 ANY, NOEXIST = 0, 1
+STATS_RUN_TIME = 0
 _BATCH = 4096  # entries of a hash asked for at once
 
 SONAME = "libbpf.so.1"
@@ -260,6 +261,11 @@ def info(fd: int, kind: type[ct.Structure]) -> Any:
     size = ct.c_uint32(ct.sizeof(kind))
     call("bpf_obj_get_info_by_fd", fd, ct.byref(value), ct.byref(size))
     return value
+
+
+def enable_stats() -> int:
+    """Have the kernel count and time the runs of all programs while this is open (Linux 5.8)."""
+    return call("bpf_enable_stats", STATS_RUN_TIME)
 
 
 def mount(kind: str, where: Path) -> None:

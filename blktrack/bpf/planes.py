@@ -50,10 +50,11 @@ class Geometry:
 class Planes:
     """One inner map in memory: shared with the kernel, no copy."""
 
-    def __init__(self, fd: int, geometry: Geometry) -> None:
+    def __init__(self, fd: int, geometry: Geometry, *, writable: bool = True) -> None:
         self.geometry = geometry
         self.fd = fd
-        self._memory = mmap.mmap(fd, 2 * geometry.plane_words * 8)
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self._memory = mmap.mmap(fd, 2 * geometry.plane_words * 8, access=access)
         self._words: Words = np.frombuffer(self._memory, dtype=np.uint64)
 
     @cached_property

@@ -110,7 +110,7 @@ def _link_status(
     reason = resync_reason(state, link)
     state_of = "initial" if cursor is None else "resync" if reason else "ready"
     if state_of == "ready" and cursor is not None:
-        state_of, reason = _look(store, link, cursor)
+        state_of, reason = of_replica(store, link, cursor)
     point = None if state_of == "unfinished" else cursor
     pending = None
     if tracking is not None and live is not None:
@@ -130,7 +130,7 @@ def _link_status(
     )
 
 
-def _look(store: Store, link: LinkState, cursor: Point) -> tuple[str, str]:
+def of_replica(store: Store, link: LinkState, cursor: Point) -> tuple[str, str]:
     """State of a replica that was at `cursor`, and what seems to have happened to it since. Of
     streams nobody knows."""
     if not link.target:
