@@ -306,8 +306,8 @@ class TopLink(Report):
     point: float | None
     consistency: str | None
     lag_s: float | None
-    rpo_warning_s: float | None  # of the policy; None: it promises nothing
-    rpo_error_s: float | None
+    rpo_s: float | None  # of the policy; None: it promises nothing
+    lateness: str  # of the lag by the policy: ok, late, broken; "": it promises nothing
     pending_bytes: int | None  # None: not known
     sync_rate: float | None  # bytes a second of its last sync that shipped anything
     eta_s: float | None  # for what is pending, at that rate

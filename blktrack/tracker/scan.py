@@ -130,9 +130,10 @@ def popcount(words: Words) -> Counts:
     counted: Counts
     if count := getattr(np, "bitwise_count", None):  # numpy 2
         counted = np.asarray(count(words), dtype=np.int64)
-        return counted
-    bits = np.unpackbits(words.view(np.uint8)).reshape(-1, bitmap.BITS)
-    return bits.sum(axis=1, dtype=np.int64)
+    else:
+        bits = np.unpackbits(words.view(np.uint8)).reshape(-1, bitmap.BITS)
+        counted = bits.sum(axis=1, dtype=np.int64)
+    return counted
 
 
 def _count(words: Words) -> int:
