@@ -63,6 +63,7 @@ FLOORS = {
     "verify": 7,
     "fleet": 7,
     "told": 3,
+    "tui": 7,
     "cli": 8,
     "__main__": 9,  # python -m blktrack: calls cli
 }

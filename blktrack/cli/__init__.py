@@ -24,6 +24,7 @@ COMMANDS = {
     "track": "begin to track a device's changes",
     "untrack": "stop tracking a device",
     "status": "devices, replicas, pending bytes, lag, doubts",
+    "top": "live rates of devices, lag of replicas, where dirty blocks lie",
     "extents": "what the next sync would ship",
     "sync": "bring a replica to the present state of a device",
     "send": "write a delta for a replica elsewhere",

@@ -15,7 +15,6 @@ changed, and so seldom that the searches of all devices take `SCANNING` of a CPU
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -30,13 +29,14 @@ from blktrack.sysfs import BlockDevice
 from blktrack.tracker import doubt
 from blktrack.tracker.generation import window_of
 from blktrack.tracker.live_link import LiveLinks
+from blktrack.tracker.presence import Presence
 from blktrack.tracker.records import Records
 from blktrack.tracker.scan import Scan, Stand, scan
-from blktrack.tracker.tracker import present
 
-SCANNING = 0.008  # share of one CPU
+SCANNING = 0.005  # share of one CPU
 _AT_LEAST = 10.0  # seconds from search to search, whether anything seems to have changed or not
 _TRIES = 3
+_NOWHERE = Stand(0, False, 0)
 
 
 class Live:
@@ -83,9 +83,9 @@ class LiveDevice:
         self._name, self._records, self._view = name, records, view
         self._path = name
         self._links = LiveLinks(records.store)
-        self._device: BlockDevice | None = None
-        self._diskseq = 0
+        self._presence = Presence()
         self._now: tuple[float, dict[str, int]] = (0.0, {})
+        self._stands = _NOWHERE
         self._reader: tuple[int, Callable[[], Callable[[], dict[str, int]]]] | None = None
         self._forget()
 
@@ -120,52 +120,43 @@ class LiveDevice:
 
     def _doubt(self, state: DeviceState) -> str | None:
         """Why what the maps hold is not all that changed; None if it is, and they are open then."""
-        device = self._find(state)
+        identity = self._presence.look(state)
+        device = self._presence.device
         if device is None or state.resting:
             return ""
         if not state.generation:
             return state.doubts[-1].reason if state.doubts else "tracking never began"
-        if reason := doubt.of_identity(state, device):
-            return reason
+        if identity:
+            return identity
         epoch = self._records.epoch(state.id)
         if epoch is None or epoch.generation != state.generation:
             return f"its state in {self._records.store.run(state.id)} is gone"
         try:
-            return self._open(state, device) or self._lost(state, device, epoch)
+            return self._open(state, device) or self._lost(state, epoch)
         except Detached as error:
             return str(error)
 
-    def _find(self, state: DeviceState) -> BlockDevice | None:
-        """The device, if it is there; looked for again only if another is at its path."""
-        known = self._device
-        try:
-            number = os.stat(state.path).st_rdev
-        except OSError:
-            number = 0
-        same = known is not None and os.makedev(*known.number) == number
-        if known is None or not same or not known.diskseq or known.diskseq != self._diskseq:
-            self._device = known = present(state) if number else None
-            self._diskseq = known.diskseq if known else 0
-        return known if known and known.size else None
-
     def _open(self, state: DeviceState, device: BlockDevice) -> str | None:
-        window, kernel = window_of(device, state.size, state.granularity), self._view.kernel
-        if reason := doubt.of_programs(state, self._view.programs(window.kind)):
-            return reason
+        kernel = self._view.kernel
         key = (state.generation, state.slot, state.maps, state.size, kernel)
         if self._open_for != key:
             self.close()
+            window = window_of(device, state.size, state.granularity)
             self._maps = self._view.planes(state.slot, window.geometry)
             self._reader = (window.kind, stats_reader(kernel.maps["stats"], state.slot))
             self._open_for = key
+        assert self._reader
+        if reason := doubt.of_programs(state, self._view.programs(self._reader[0])):
+            return reason
         return doubt.of_window(state, kernel, {planes.id for planes in self._maps})
 
-    def _lost(self, state: DeviceState, device: BlockDevice, epoch: Epoch) -> str | None:
+    def _lost(self, state: DeviceState, epoch: Epoch) -> str | None:
         assert self._reader
         kind, read = self._reader
         submit, complete = (self._view.programs(kind)[name] for name in BY_KIND[kind])
         self._now = (time.monotonic(), read()())
-        counters, growing = self._now[1], device.size > state.size
+        self._stands = Stand(epoch.number, epoch.clear, self._view.kernel.active_map(state.slot))
+        counters, growing = self._now[1], self._presence.size > state.size
         return doubt.of_counters(counters, growing=growing) or doubt.of_misses(
             epoch, submit, complete, bio=kind == abi.KIND_BIO
         )
@@ -180,7 +171,7 @@ class LiveDevice:
             report.state, report.reason = "gap", reason or ""
             if state.resting:
                 report.state, report.reason = "stopped", "stopped cleanly; blktrack start goes on"
-            elif self._device is None or not self._device.size:
+            elif self._presence.device is None:
                 report.state, report.reason = "absent", "no device with its identity is there"
         pending = self._pending(state) if report.state == "tracking" else None
         report.links = [self._links.look(state, link, pending) for link in links]
@@ -191,7 +182,7 @@ class LiveDevice:
     ) -> None:
         assert self._reader
         at, counters = self._now
-        report.epoch = self._stand(state).epoch
+        report.epoch = self._stands.epoch
         report.written_bytes, report.writes = counters["written"], counters["writes"]
         report.losses = sum(counters[name] for name in doubt.LOSSES)
         if self._counted and at > self._counted[0]:
@@ -212,7 +203,7 @@ class LiveDevice:
     ) -> Scan:
         """The last search of the maps, or a new one if there may be news and it is time."""
         sets = [link for link in links if _is_known(state, link)]
-        key = (counters["writes"], self._stand(state), tuple(link.id for link in sets), links)
+        key = (counters["writes"], self._stands, tuple(link.id for link in sets), links)
         last, now = self._scan, time.monotonic()
         if last is not None:
             pause = last.cost * devices / SCANNING
@@ -233,7 +224,7 @@ class LiveDevice:
     def _stand(self, state: DeviceState) -> Stand:
         epoch = self._records.epoch(state.id)
         active = self._view.kernel.active_map(state.slot)
-        return Stand(epoch.number, epoch.clear, active) if epoch else Stand(0, False, active)
+        return Stand(epoch.number, epoch.clear, active) if epoch else _NOWHERE
 
     def _pending(self, state: DeviceState) -> dict[str, int]:
         """Bytes that each link has to ship, by its id; a link that is not in it: all of them."""

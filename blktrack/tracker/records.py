@@ -24,30 +24,32 @@ class Records:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._known: dict[Path, tuple[tuple[int, int, int], Any]] = {}
+        self._lib = f"{store.paths.lib}/devices"
+        self._run = f"{store.paths.run}/devices"
+        self._known: dict[str, tuple[tuple[int, int, int], Any]] = {}
 
     def devices(self) -> list[str]:
         """Ids, ascending."""
-        return _names(self.store.paths.lib / "devices")
+        return _names(self._lib)
 
     def device(self, device: str) -> DeviceState | None:
-        path = self.store.lib(device) / "device.json"
+        path = f"{self._lib}/{device}/device.json"
         return self._read(path, lambda: self.store.device(device))
 
     def epoch(self, device: str) -> Epoch | None:
-        path = self.store.run(device) / "epoch.json"
+        path = f"{self._run}/{device}/epoch.json"
         return self._read(path, lambda: self.store.epoch(device))
 
     def links(self, device: str) -> list[LinkState]:
-        folder = self.store.lib(device) / "links"
+        folder = f"{self._lib}/{device}/links"
         names = [name for name in _names(folder) if name.endswith(".json") and name[0] != "."]
-        found = [self._link(folder / name) for name in names]
+        found = [self._link(f"{folder}/{name}") for name in names]
         return [link for link in found if link is not None]
 
-    def _link(self, path: Path) -> LinkState | None:
-        return self._read(path, lambda: self.store.link(path))
+    def _link(self, path: str) -> LinkState | None:
+        return self._read(path, lambda: self.store.link(Path(path)))
 
-    def _read(self, path: Path, load: Callable[[], T | None]) -> T | None:
+    def _read(self, path: str, load: Callable[[], T | None]) -> T | None:
         try:
             info = os.stat(path)
         except OSError:
@@ -63,7 +65,7 @@ class Records:
         return value
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError:

@@ -16,6 +16,7 @@ he began and has not been shipped. Two things need care:
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -146,10 +147,10 @@ def heat(words: Words, index: Indices, counts: Counts, granules: int) -> list[fl
     index, counts -- the words that are set, and how many bits each has.
     """
     cells = min(CELLS, granules)
-    edges = np.arange(cells + 1) * granules // max(cells, 1)
+    edges, widths = _edges(cells, granules)
     if granules < _EXACT:
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:granules]
-        sums = np.add.reduceat(bits, edges[:-1], dtype=np.int64) if cells else edges[:0]
+        sums = np.add.reduceat(bits, edges[:-1], dtype=np.int64)
     else:
         first = index * bitmap.BITS
         last = np.minimum(first + bitmap.BITS, granules) - 1
@@ -160,5 +161,12 @@ def heat(words: Words, index: Indices, counts: Counts, granules: int) -> list[fl
         below = popcount(words[index] & mask)
         sums = np.bincount(low, weights=below, minlength=cells)
         sums = sums + np.bincount(high, weights=counts - below, minlength=cells)
-    shares = sums / np.diff(edges)
-    return [max(round(share, 4), 0.0001) if share else 0.0 for share in shares.tolist()]
+    shares = (sums / widths).tolist()
+    return [max(round(share, 4), 0.0001) if share else 0.0 for share in shares]
+
+
+@functools.lru_cache(maxsize=64)
+def _edges(cells: int, granules: int) -> tuple[Indices, Indices]:
+    """Granules between the parts, and in each."""
+    edges = np.arange(cells + 1) * granules // cells
+    return edges, np.diff(edges)

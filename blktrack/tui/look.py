@@ -1,0 +1,135 @@
+"""What things look like: styles, and glyphs for terminals with and without Unicode."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.cells import cell_len, set_cell_size
+from rich.segment import Segment
+from rich.style import Style
+
+Line = list[Segment]
+
+PLAIN = Style()
+TITLE = Style(bold=True)
+FAINT = Style(dim=True)
+CHOSEN = Style(bold=True)
+SORTED = Style(bold=True, underline=True)
+BADGE = Style(reverse=True, bold=True)
+GOOD = Style(color="green")
+LATE = Style(color="yellow")
+BAD = Style(color="red", bold=True)
+TREND = Style(color="cyan")
+HEAT = (FAINT, Style(color="blue"), Style(color="cyan"), Style(color="cyan"), Style(color="yellow"))
+
+# Shares from which on a part of a device is drawn darker; anything dirty is drawn.
+_SHADES = (0.0, 0.05, 0.25, 0.75)
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """`levels`: nothing, then ever more; `shades`: clean, then ever more of it dirty."""
+
+    levels: str
+    shades: str
+    chosen: str
+    link: str
+    good: str
+    late: str
+    bad: str
+    cut: str
+    between: str
+    arrows: str
+
+
+UNICODE = Glyphs("▁▂▃▄▅▆▇█", "·░▒▓█", "▸", " →", "●", "▲", "✖", "…", "·", "↑↓")
+ASCII = Glyphs("_.:-=+*#", ".-+*#", ">", "->", "*", "!", "X", "~", "-", "up/down")
+
+
+def glyphs(environment: Mapping[str, str] | None = None) -> Glyphs:
+    """Those that the locale's encoding has, as the user set it: Python makes the C locale UTF-8
+    where it can, and says so in its own environment, but that changes no terminal."""
+    values = _first_environment() if environment is None else environment
+    locale = next(filter(None, map(values.get, ("LC_ALL", "LC_CTYPE", "LANG"))), "")
+    return UNICODE if "utf8" in locale.lower().replace("-", "") else ASCII
+
+
+def _first_environment() -> dict[str, str]:
+    try:
+        raw = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return dict(os.environ)
+    pairs = (entry.partition("=") for entry in os.fsdecode(raw).split("\0"))
+    return {name: value for name, _, value in pairs}
+
+
+def clean(text: str) -> str:
+    """A name from outside, with nothing in it that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def name(path: str, width: int, cut: str) -> str:
+    """A path in at most `width` cells: without /dev if need be, then without its beginning."""
+    text = clean(path)
+    if cell_len(text) > width:
+        text = text.removeprefix("/dev/")
+    return text if cell_len(text) <= width else fit(text, width, cut)
+
+
+def fit(text: str, width: int, cut: str, *, right: bool = False) -> str:
+    """Exactly `width` cells; of a name that is too long its end is kept, which tells more."""
+    length = len(text) if text.isascii() else cell_len(text)
+    if length > width:
+        while text and cell_len(text) > width - 1:
+            text = text[1:]
+        text = cut + text if width > 0 else ""
+        length = cell_len(text)
+    pad = " " * (width - length)
+    return pad + text if right else text + pad
+
+
+def set_width(text: str, width: int) -> str:
+    """The beginning of a text, exactly so many cells."""
+    return set_cell_size(text, max(width, 0))
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` cells, broken at spaces where there are some."""
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        while cell_len(word) > width:
+            lines += [line] if line else []
+            line, lines = "", [*lines, word[:width]]
+            word = word[width:]
+        if line and cell_len(line) + 1 + cell_len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, line] if line else lines
+
+
+def strip(shares: list[float], width: int, shapes: Glyphs) -> Line:
+    """The parts of a device side by side; each cell as dirty as the dirtiest of its parts."""
+    if not shares or width < 1:
+        return []
+    shades = [bisect.bisect_left(_SHADES, share) for share in shares]
+    darkest = [max(shades[first:last]) for first, last in _parts(len(shares), width)]
+    return [
+        Segment(shapes.shades[shade] * len(list(same)), HEAT[shade])
+        for shade, same in itertools.groupby(darkest)
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _parts(count: int, width: int) -> list[tuple[int, int]]:
+    """Which of `count` parts each of `width` cells stands for."""
+    firsts = [cell * count // width for cell in range(width + 1)]
+    return [(first, max(last, first + 1)) for first, last in itertools.pairwise(firsts)]
