@@ -62,6 +62,13 @@ def read(store: Store, device: str) -> Found:
     return Found(runs, len(lines) - len(runs))
 
 
+def newest_first(store: Store, device: str) -> Iterator[Run]:
+    """The runs of a device, each parsed when it is asked for. BlktrackError as `read`."""
+    for line in reversed(_lines(_content(_path(store, device)))):
+        if run := _parse(line):
+            yield run
+
+
 def latest(store: Store, device: str, wanted: set[Key]) -> dict[Key, Run]:
     """The last run of each of these links, if there was one. It reads no further back than these.
     BlktrackError as `read`."""

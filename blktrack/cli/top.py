@@ -17,12 +17,17 @@ import time
 from collections.abc import Callable
 
 from blktrack.bpf import libbpf
-from blktrack.cli.common import emit, interruptible, store
+from blktrack.cli.common import emit, interruptible, paths, store
+from blktrack.cli.outlook import Outlook
 from blktrack.errors import BlktrackError, Interrupted, NotTracked
 from blktrack.report import TopReport
 from blktrack.tracker.live import Live
 from blktrack.tracker.tracker import find_any
 
+EXITS = {
+    "3": "a device that is named is not tracked",
+    "128+N": "ended by signal N, with the terminal as it was",
+}
 _LEAST, _MOST = 0.1, 3600.0
 
 
@@ -58,14 +63,21 @@ def _interval(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
+    outlook = Outlook(store(), paths().policy)
     with contextlib.closing(Live(store(), _ids(args.devices))) as live, _Timing() as timing:
+
+        def look() -> TopReport:
+            report = live.look()
+            outlook.tell(report, live.ids)
+            return report
+
         if args.cost:
             timing.begin()
         try:
             if args.json or args.plain or args.once or not _on_terminal():
-                _print(args, live.look)
+                _print(args, look, outlook)
             else:
-                _display(args, live.look, timing)
+                _display(args, look, outlook, timing)
         except Interrupted as end:  # the usual way to leave it
             return end.exit_code
     return 0
@@ -81,13 +93,15 @@ def _ids(names: list[str]) -> list[str]:
     return found
 
 
-def _print(args: argparse.Namespace, look: Callable[[], TopReport]) -> None:
+def _print(args: argparse.Namespace, look: Callable[[], TopReport], outlook: Outlook) -> None:
     """Rates need two readings: the first is not printed."""
     from blktrack.tui import plain
 
     with interruptible("top", ""):
         due = time.monotonic()
         look()
+        if outlook.problem:
+            print(f"blktrack: warning: {outlook.problem}", file=sys.stderr)
         while True:
             due = max(due + args.interval, time.monotonic())
             time.sleep(max(due - time.monotonic(), 0.0))
@@ -106,7 +120,9 @@ def _on_terminal() -> bool:
     return usable(sys.stdin.fileno(), sys.stdout.fileno())
 
 
-def _display(args: argparse.Namespace, look: Callable[[], TopReport], timing: _Timing) -> None:
+def _display(
+    args: argparse.Namespace, look: Callable[[], TopReport], outlook: Outlook, timing: _Timing
+) -> None:
     from blktrack.tui import look as looks
     from blktrack.tui.app import App
     from blktrack.tui.board import View
@@ -115,7 +131,10 @@ def _display(args: argparse.Namespace, look: Callable[[], TopReport], timing: _T
     shapes = looks.glyphs()
     screen = Screen(sys.stdin.fileno(), sys.stdout.fileno(), shapes)
     view = View(interval=args.interval, measuring=args.cost)
-    App(screen, shapes, view, read=look, measure=timing.switch).run(sys.stdin.fileno())
+    app = App(screen, shapes, view, read=look, measure=timing.switch)
+    if outlook.problem:
+        app.tell(outlook.problem)
+    app.run(sys.stdin.fileno())
 
 
 class _Timing:

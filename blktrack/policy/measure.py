@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from blktrack.policy.model import Policy
-from blktrack.report import DeviceStatus
+from blktrack.report import DeviceStatus, TopDevice
 
 
-def measure(devices: Iterable[DeviceStatus], policy: Policy) -> None:
+def measure(devices: Iterable[DeviceStatus | TopDevice], policy: Policy) -> None:
     """Note RPO and lateness in the links of `devices` that the policy knows."""
     for device in devices:
         for link in device.links:

@@ -48,18 +48,20 @@ class Live:
         self._only = frozenset(only)
         self._devices: dict[str, LiveDevice] = {}
         self._last: float | None = None
+        self.ids: dict[str, str] = {}  # of the devices last looked at, by their paths
 
     def look(self) -> TopReport:
         """One refresh. A device whose records cannot be read is told of, and is no error."""
         now, wall = time.monotonic(), time.time()
         self._view.refresh()
         names = [name for name in self._records.devices() if name in self._only or not self._only]
-        known, self._devices = self._devices, {}
+        known, self._devices, self.ids = self._devices, {}, {}
         found = []
         for name in names:
             device = known.get(name) or LiveDevice(name, self._records, self._view)
             if report := device.look(len(names)):
                 self._devices[name] = device
+                self.ids[report.device] = name
                 found.append(report)
         for name in known.keys() - self._devices.keys():
             known[name].close()

@@ -122,7 +122,7 @@ class App:
             self._pace(1 if key != "-" else -1)
         elif key == "c":
             self.view.measuring = not self.view.measuring
-            self._tell(self._measure(self.view.measuring))
+            self.tell(self._measure(self.view.measuring))
         else:
             self._choose(key)
 
@@ -140,7 +140,8 @@ class App:
         if names and key in moves:
             self.view.chosen = names[min(max(at + moves[key], 0), len(names) - 1)]
 
-    def _tell(self, message: str) -> None:
+    def tell(self, message: str) -> None:
+        """Show it for a while in the last line."""
         self.view.message, self._message_until = message, time.monotonic() + _TOLD
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:

@@ -1,0 +1,102 @@
+"""What `top` says of a link beyond its state: what is promised of it, how long a sync will take."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from blktrack import history
+from blktrack.errors import BlktrackError
+from blktrack.policy import Policy, PolicyError, load
+from blktrack.policy.measure import measure
+from blktrack.report import Run, TopDevice, TopLink, TopReport
+from blktrack.state import Store
+from blktrack.units import MIB
+
+_RUNS = 50  # looked at, of a device
+_ALIKE = 64 * MIB  # a run of so much tells the rate of any
+_FALLING = 10.0  # seconds over which the rate of a sync under way is taken
+
+Stamp = tuple[int, int, int] | None
+
+
+class Outlook:
+    """Files are read again only when they were written."""
+
+    def __init__(self, store: Store, policy: Path) -> None:
+        self._store, self._file = store, policy
+        self._policy: Policy | None = None
+        self._stamp: Stamp | tuple[()] = ()
+        self._runs: dict[str, tuple[Stamp, list[Run]]] = {}
+        self._falling: dict[tuple[str, str, str], tuple[float, int]] = {}
+        self.problem = ""  # of the policy
+
+    def tell(self, report: TopReport, ids: dict[str, str]) -> None:
+        """Complete the links of a report; `ids` are those of its devices, by path."""
+        stamp = _stamp(self._file)
+        if stamp != self._stamp:
+            self._stamp, self.problem = stamp, ""
+            try:
+                self._policy = load(self._file)
+            except PolicyError as error:
+                self._policy, self.problem = None, str(error)
+        if self._policy is not None:
+            measure(report.devices, self._policy)
+        for device in report.devices:
+            runs = self._read(ids[device.device]) if device.device in ids and device.links else []
+            for link in device.links:
+                self._estimate(report.time, device, link, runs)
+
+    def _read(self, device: str) -> list[Run]:
+        """The latest runs that shipped or compared anything, newest first."""
+        stamp = _stamp(self._store.lib(device) / "history.jsonl")
+        known = self._runs.get(device)
+        if known is None or known[0] != stamp:
+            try:
+                found = list(itertools.islice(history.newest_first(self._store, device), _RUNS))
+            except BlktrackError:  # `blktrack history` says what is wrong with it
+                found = []
+            done = [run for run in found if not run.exit and run.bytes_changed and run.duration_s]
+            self._runs[device] = known = (stamp, done)
+        return known[1]
+
+    def _estimate(self, now: float, device: TopDevice, link: TopLink, runs: list[Run]) -> None:
+        own = [run for run in runs if history.key(run.link, run.target) == _key(link)]
+        link.sync_rate = _rate(own[0]) if own else None
+        left = link.pending_bytes
+        if not left:
+            link.eta_s = None if left is None else 0.0
+            return
+        present = self._present(now, (device.device, *_key(link)), left)
+        # What a run takes to begin and end would make a rate of a short one, and that no estimate.
+        alike = (run for run in own if run.bytes_changed >= min(left // 4, _ALIKE))
+        rate = present or next(map(_rate, alike), None)
+        link.eta_s = left / rate if rate else None
+
+    def _present(self, now: float, link: tuple[str, str, str], left: int) -> float | None:
+        """Bytes a second by which what is left became less: a full copy or resync is under way."""
+        begun, then = self._falling.get(link, (now, left))
+        if left >= then or now - begun > 2 * _FALLING:
+            self._falling[link] = (now, left)
+            return None
+        rate = (then - left) / (now - begun) if now > begun else None
+        if now - begun > _FALLING and rate:
+            self._falling[link] = (now - _FALLING / 2, int(left + rate * _FALLING / 2))
+        return rate
+
+
+def _key(link: TopLink) -> history.Key:
+    return history.key(link.name, link.target)
+
+
+def _rate(run: Run) -> float:
+    return run.bytes_changed / run.duration_s
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
