@@ -151,6 +151,7 @@ PROBES: dict[str, Probe] = {
             "rsync",
             "sfdisk",
             "sqlite3",
+            "tmux",
             "zsh",
         )
     },

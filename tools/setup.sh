@@ -26,6 +26,7 @@ dev_packages=(
     rsync          # benchmark: what an incremental sync is measured against
     systemd        # tests: systemd-analyze reads the unit as systemd will
     sqlite3        # demo: the database that is written while it is replicated
+    tmux           # tests: the terminal that top is driven in
     xfsprogs       # tests: mkfs.xfs, xfs_repair
     zsh            # tests: completion
 )

@@ -23,6 +23,7 @@ from blktrack.units import format_size
 
 _RANK = (look.GOOD, look.LATE, look.BAD)
 _LATENESS = {"ok": look.GOOD, "late": look.LATE, "broken": look.BAD, "": look.PLAIN}
+_LEAST_WIDTH = 76  # below it columns go over the edge
 _INFO = 26  # cells at the end of a strip
 
 # Name of an order, the column that it goes by, what it goes by, largest first.
@@ -98,7 +99,8 @@ def draw(
     body, shown = _body(devices, view, frame, room) if devices else (_nothing(frame), "")
     lines += body[:room]
     lines += [[] for _ in range(room - len(body))]
-    return [*lines, _footer(view, shown, frame)][:height]
+    lines = [*lines, _footer(view, shown, frame)][:height]
+    return lines if width >= _LEAST_WIDTH else [look.cropped(line, width) for line in lines]
 
 
 def _body(devices: list[TopDevice], view: View, frame: _Frame, room: int) -> tuple[list[Line], str]:
@@ -234,7 +236,7 @@ def _title(report: TopReport, view: View, frame: _Frame) -> Line:
     right = "  ".join(parts)
     if used + 2 + len(right) <= frame.width:
         line.append(Segment(" " * (frame.width - used - len(right)) + right, look.FAINT))
-    return cropped(line, frame.width)
+    return look.cropped(line, frame.width)
 
 
 def _footer(view: View, shown: str, frame: _Frame) -> Line:
@@ -246,15 +248,4 @@ def _footer(view: View, shown: str, frame: _Frame) -> Line:
     right = "  ".join(filter(None, (shown, f"+/- {view.interval:g} s")))
     space = frame.width - cell_len(left) - cell_len(right)
     text = f"{left}{' ' * space}{right}" if space >= 2 else left
-    return cropped([Segment(text, look.FAINT)], frame.width)
-
-
-def cropped(line: Line, width: int) -> Line:
-    """No more than `width` cells of a line."""
-    found: Line = []
-    for segment in line:
-        room = width - sum(part.cell_length for part in found)
-        if segment.cell_length > room:
-            segment = Segment(look.set_width(segment.text, room), segment.style)
-        found.append(segment)
-    return [segment for segment in found if segment.text]
+    return look.cropped([Segment(text, look.FAINT)], frame.width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.segment import Segment
 
-from blktrack.tui.look import FAINT, PLAIN, TITLE, Glyphs, Line
+from blktrack.tui.look import FAINT, PLAIN, TITLE, Glyphs, Line, cropped
 
 _KEYS = (
     ("q, Ctrl-C", "quit"),
@@ -27,17 +27,18 @@ _FIGURES = (
 def page(width: int, height: int, shapes: Glyphs) -> list[Line]:
     """As many lines as there is room for; `strip` explains itself by its glyphs."""
     lines: list[Line] = [[Segment("blktrack top", TITLE), Segment("  keys", PLAIN)], []]
-    lines += [_entry(key.format(arrows=shapes.arrows), text, width) for key, text in _KEYS]
+    lines += [_entry(key.format(arrows=shapes.arrows), text) for key, text in _KEYS]
     lines += [[], [Segment("what is shown", TITLE)], []]
-    lines += [_entry(key, text, width) for key, text in _FIGURES]
+    lines += [_entry(key, text) for key, text in _FIGURES]
     legend = f"where the dirty blocks lie, from clean to full: {' '.join(shapes.shades)}"
-    lines += [_entry("last line", legend, width), []]
+    lines += [_entry("last line", legend), []]
     marks = f"{shapes.good} well   {shapes.late} late or waiting   {shapes.bad} needs you"
-    lines.append([Segment(f"  {marks}"[:width], PLAIN)])
+    lines.append([Segment(f"  {marks}", PLAIN)])
     lines = lines[: max(height - 1, 0)]
     lines += [[] for _ in range(height - 1 - len(lines))]
-    return [*lines, [Segment("any key goes back"[:width], FAINT)]][:height]
+    lines = [*lines, [Segment("any key goes back", FAINT)]][:height]
+    return [cropped(line, width) for line in lines]
 
 
-def _entry(key: str, text: str, width: int) -> Line:
-    return [Segment(f"  {key:14}"[:width], TITLE), Segment(text[: max(width - 16, 0)], PLAIN)]
+def _entry(key: str, text: str) -> Line:
+    return [Segment(f"  {key:14}", TITLE), Segment(text, PLAIN)]

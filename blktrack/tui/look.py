@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 
@@ -94,25 +94,29 @@ def fit(text: str, width: int, cut: str, *, right: bool = False) -> str:
     return pad + text if right else text + pad
 
 
-def set_width(text: str, width: int) -> str:
-    """The beginning of a text, exactly so many cells."""
-    return set_cell_size(text, max(width, 0))
+def cropped(line: Line, width: int) -> Line:
+    """No more than `width` cells of a line."""
+    found: Line = []
+    for segment in line:
+        room = width - sum(part.cell_length for part in found)
+        if segment.cell_length > room:
+            segment = Segment(set_cell_size(segment.text, max(room, 0)), segment.style)
+        found.append(segment)
+    return [segment for segment in found if segment.text]
 
 
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` cells, broken at spaces where there are some."""
+    width = max(width, 1)
     lines: list[str] = []
     line = ""
     for word in text.split():
-        while cell_len(word) > width:
-            lines += [line] if line else []
-            line, lines = "", [*lines, word[:width]]
-            word = word[width:]
-        if line and cell_len(line) + 1 + cell_len(word) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
+        if line and cell_len(line) + 1 + cell_len(word) <= width:
+            line = f"{line} {word}"
+            continue
+        *before, last = chop_cells(word, width)
+        lines += ([line] if line else []) + before
+        line = last
     return [*lines, line] if line else lines
 
 

@@ -67,7 +67,8 @@ class Screen:
     def enter(self) -> None:
         if self._before is None:
             self._before = termios.tcgetattr(self._source)
-            tty.setcbreak(self._source, termios.TCSANOW)  # Ctrl-C, Ctrl-Z stay signals
+        # Also where it was ours: a shell that we were stopped under has made it its own.
+        tty.setcbreak(self._source, termios.TCSANOW)  # Ctrl-C, Ctrl-Z stay signals
         self.forget()
         self._write(_ENTER)
 
