@@ -18,8 +18,8 @@ from blktrack.tracker.tracker import wanted_devices
 
 _ACTIONS = {
     "show": "Print the unit and its drop-in, and change nothing.",
-    "install": "Write the unit and its drop-in, or renew them.",
-    "remove": "Take the unit and its drop-in back. Devices stay tracked until the next boot.",
+    "install": "Write the unit, unless a package brought it, and its drop-in, and enable it.",
+    "remove": "Take back what install did. Devices stay tracked until the next boot.",
 }
 
 

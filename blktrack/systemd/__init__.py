@@ -20,16 +20,19 @@ from blktrack.sysfs import BlockDevice
 
 UNIT = "blktrack.service"
 WHERE = Path("/etc/systemd/system")
+VENDOR = Path("/usr/lib/systemd/system")
 _DEV = Path("/dev")
 
 
 def unit() -> str:
     """The unit's text, with the path of this installation's command."""
-    command = Path(sys.argv[0]).resolve()
-    if command.name != "blktrack":
-        command = Path(sys.executable).with_name("blktrack")
     text = Path(__file__).with_name(UNIT).read_text(encoding="utf-8")
-    return text.replace("@BLKTRACK@", str(command))
+    return text.replace("@BLKTRACK@", str(_command()))
+
+
+def _command() -> Path:
+    command = Path(sys.argv[0]).resolve()
+    return command if command.name == "blktrack" else Path(sys.executable).with_name("blktrack")
 
 
 def ordering(devices: Iterable[BlockDevice]) -> str:
@@ -63,29 +66,56 @@ def escaped(suffix: str, paths: list[str]) -> list[str]:
 
 
 def install(devices: Iterable[BlockDevice], where: Path = WHERE) -> list[Path]:
-    """Write unit and drop-in, and have them used from the next boot on. The files written."""
-    found = [where / UNIT, where / f"{UNIT}.d" / "devices.conf"]
-    for path, text in zip(found, (unit(), ordering(devices)), strict=True):
+    """Write unit and drop-in, and have them used from the next boot on. The files written.
+
+    Where a package has brought the same unit only the drop-in is written. A unit that hides the
+    package's goes if it is of another installation, and stays if it is the administrator's.
+    """
+    own = where / UNIT
+    texts = {own: unit(), where / f"{UNIT}.d" / "devices.conf": ordering(devices)}
+    if where == WHERE and is_packaged():
+        if own.exists() and f"={_command()} " not in own.read_text(encoding="utf-8"):
+            own.unlink()
+        del texts[own]
+    for path, text in texts.items():
         durable.write_bytes(path, text.encode())
         path.chmod(0o644)
     if where == WHERE:
         _run("systemctl", "enable", "--quiet", UNIT)
         _reload()
-    return found
+    return list(texts)
 
 
-def is_installed(where: Path = WHERE) -> bool:
-    return (where / UNIT).exists()
+def is_installed() -> bool:
+    """Written by `install`, or brought by a package and enabled; what the administrator disabled
+    stays as it is, and on a host without systemd no unit is in use."""
+    return (WHERE / UNIT).exists() or (is_packaged() and _is_enabled())
+
+
+def is_packaged() -> bool:
+    """A package, this installation's, has brought the unit."""
+    try:
+        return (VENDOR / UNIT).read_text(encoding="utf-8") == unit()
+    except OSError:
+        return False
 
 
 def remove(where: Path = WHERE) -> None:
-    """Take unit and drop-in away."""
-    if where == WHERE and is_installed():
+    """Take unit and drop-in away; of a packaged unit the drop-in, and it is disabled."""
+    if where == WHERE and ((where / UNIT).exists() or is_packaged()):
         _run("systemctl", "disable", "--quiet", UNIT)
     (where / UNIT).unlink(missing_ok=True)
     shutil.rmtree(where / f"{UNIT}.d", ignore_errors=True)
     if where == WHERE:
         _reload()
+
+
+def _is_enabled() -> bool:
+    try:
+        _run("systemctl", "is-enabled", "--quiet", UNIT)
+    except BlktrackError:
+        return False
+    return True
 
 
 def _reload() -> None:
