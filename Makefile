@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench soak lint clean
+.PHONY: help setup demo test bench soak lint wheel deb clean
 
 help:  ## print this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1	\2/p' Makefile | expand -t 16
@@ -30,6 +30,12 @@ lint: setup  ## check style, format and types
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m mypy
+
+wheel: setup  ## build dist/blktrack-VERSION-py3-none-any.whl
+	@$(PYTHON) -m hatchling build --target wheel --directory dist
+
+deb: setup  ## build dist/blktrack_VERSION_all.deb
+	@tools/deb.sh
 
 clean:  ## remove .venv, caches and build output
 	@rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

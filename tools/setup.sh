@@ -14,11 +14,15 @@ runtime_packages=(
 # What its demo, tests and benchmarks need on top.
 dev_packages=(
     blktrace       # benchmark: the established block tracer, for comparison
+    debhelper      # make deb
+    debootstrap    # tests: a clean root that the package is installed in
+    dh-python      # make deb
     e2fsprogs      # demo, tests: mkfs.ext4, fsck
     fdisk          # tests: sfdisk makes partitions
     fio            # tests, benchmark: load
     gcc            # benchmark: the minimal C program that copying is measured against
     libc6-dev      # its headers
+    lintian        # tests: has the package the form that Debian asks for
     man-db         # tests: man and lexgrog read the man pages
     mandoc         # tests: its lint reads them too
     postgresql     # tests: a database that is replicated while it is written
