@@ -286,7 +286,8 @@ class DeviceAction(Report):
     """What `start` or `stop` did."""
 
     device: str
-    action: str  # stopped, in use, gap; resumed, tracking, began; absent, busy, failed
+    # stopped, in use, gap, let go; resumed, tracking, began; absent, busy, failed
+    action: str
     reason: str
     hint: str = ""  # what to do about it
 

@@ -167,6 +167,31 @@ def test_a_device_in_use_is_not_stopped(host: Host) -> None:
     assert host.lab.sync(host.device, host.replica).mode == "nothing"
 
 
+def test_letting_go_leaves_nothing_in_the_kernel(host: Host) -> None:
+    """The quiet device goes on where it was, the one in use is compared, one that is away too."""
+    quiet, kept = host.lab.loop(SIZE), str(host.lab.name("kept"))
+    host.lab.track(quiet)
+    host.lab.sync(quiet, kept)
+    away = host.lab.loop(MIB)
+    host.lab.track(away)
+    backing = Path(f"/sys/block/{Path(away).name}/loop/backing_file").read_text(encoding="utf-8")
+    detach(away, Path(backing.strip()))
+    run("mkfs.ext4", "-q", "-F", host.device)
+    with host.lab.mounted(host.device) as point:
+        out = host.blktrack("stop", "--detach").splitlines()
+        assert f"{host.device}: let go, it is mounted at {point}" in out
+        assert f"{quiet}: stopped" in out
+        assert f"{away}: let go, no device with its identity is there" in out
+        assert not host.lab.store.paths.pins.exists()
+        host.blktrack("stop", "--detach")
+        out = host.blktrack("start").splitlines()
+        assert f"{host.device}: began, it was let go: it is mounted at {point}" in out
+        assert f"{quiet}: resumed" in out
+    assert host.lab.sync(quiet, kept).mode == "nothing"
+    assert host.lab.sync(host.device, host.replica).mode == "resync"
+    assert host.is_identical()
+
+
 def written_before(host: Host) -> None:
     host.reboot()
     host.write(5 * MIB)

@@ -4,6 +4,7 @@ one is tracked on, and is resynced if the host goes down now. For a service unit
 
   blktrack stop
   blktrack stop /dev/sdb
+  blktrack stop --detach
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ _CODES = {"failed": 1, "busy": 6, "in use": 6}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", nargs="?", help="only this one")
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="let go of devices in use too, which begin anew with a resync at the next start or "
+        "sync, and leave nothing in the kernel: before blktrack is removed",
+    )
     add_json(parser)
     add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     with Watcher(quiet=args.quiet) as watcher:
-        report = ServiceReport(service.stop(store(), args.device, watcher))
+        report = ServiceReport(service.stop(store(), args.device, watcher, let_go=args.detach))
     show(report, _CODES, args)
     return exit_code(report, _CODES)

@@ -19,9 +19,12 @@ from blktrack.use import InUse
 Work = Callable[[Store, DeviceState, BlockDevice, Observer], DeviceAction]
 
 
-def stop(store: Store, path: str | None, observer: Observer = NOBODY) -> list[DeviceAction]:
-    """Put devices that nobody uses to rest; those in use are tracked on until the host is off."""
-    return _each(store, path, _stop, observer)
+def stop(
+    store: Store, path: str | None, observer: Observer = NOBODY, *, let_go: bool = False
+) -> list[DeviceAction]:
+    """Put devices that nobody uses to rest. All others are tracked on until the host is off, or are
+    let go: their generation ends, and with the last of them the programs leave the kernel."""
+    return _each(store, path, _stop, observer, let_go=let_go)
 
 
 def start(store: Store, path: str | None, observer: Observer = NOBODY) -> list[DeviceAction]:
@@ -29,32 +32,50 @@ def start(store: Store, path: str | None, observer: Observer = NOBODY) -> list[D
     return _each(store, path, _start, observer)
 
 
-def _each(store: Store, path: str | None, work: Work, observer: Observer) -> list[DeviceAction]:
+def _each(
+    store: Store, path: str | None, work: Work, observer: Observer, *, let_go: bool = False
+) -> list[DeviceAction]:
+    """That one fails is told, and does not keep the others from their turn."""
     if path is None:
         wanted = [state for state in store.devices() if state.wanted]
     else:
         wanted = [find_any(store, path)[0]]
-    return [_one(store, state, work, observer) for state in wanted]
+    found = []
+    for state in wanted:
+        try:
+            with hold(store, state.id, state.path, observer):
+                state = store.device(state.id) or state
+                done = _one(store, state, work, observer)
+                found.append(_let_go(store, state, done) if let_go else done)
+        except Busy as error:
+            found.append(DeviceAction(state.path, "busy", str(error), error.hint))
+        except BlktrackError as error:
+            found.append(DeviceAction(state.path, "failed", str(error), error.hint))
+    return found
 
 
 def _one(store: Store, state: DeviceState, work: Work, observer: Observer) -> DeviceAction:
-    """One device; that it fails is told, and does not keep the others from their turn."""
+    """What was done with a device that is held, or why it could not be."""
     try:
-        device = present(state)
-        if device is None:
-            return DeviceAction(
-                state.path,
-                "absent",
-                "no device with its identity is there",
-                hint="connect it; if it is gone for good, blktrack untrack it",
-            )
-        with hold(store, state.id, state.path, observer):
-            state = store.device(state.id) or state
+        if device := present(state):
             return work(store, state, device, observer)
-    except Busy as error:
-        return DeviceAction(state.path, "busy", str(error), error.hint)
     except BlktrackError as error:
         return DeviceAction(state.path, "failed", str(error), error.hint)
+    return DeviceAction(
+        state.path,
+        "absent",
+        "no device with its identity is there",
+        hint="connect it; if it is gone for good, blktrack untrack it",
+    )
+
+
+def _let_go(store: Store, state: DeviceState, done: DeviceAction) -> DeviceAction:
+    """What is not at rest, or still has a slot although its generation has ended."""
+    if state.generation and not state.resting:
+        generation.end(store, state, f"it was let go: {done.reason}")
+        done = DeviceAction(done.device, "let go", done.reason)
+    generation.detach(store, state)
+    return done
 
 
 def _stop(
