@@ -49,7 +49,7 @@ class Host:
     def blktrack(self, *words: str, code: int = 0) -> str:
         done = self.lab.blktrack(*words)
         assert done.code == code, done.err
-        return done.out + done.err
+        return done.out or done.err
 
     def reboot(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """All that a boot changes: pins, /run, the device and its counters, the boot id."""
