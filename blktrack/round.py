@@ -144,6 +144,7 @@ class Round(ABC):
                     raise ResyncNeeded(
                         f"tracking has a gap: {gap}", hint="run it without --no-resync"
                     ) from gap
+                observer.phase(f"tracking begins anew: {gap}", 0)
             else:
                 stack.pop_all()
                 return tracking, swap
