@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from blktrack import durable, sync
+from blktrack import durable, send, sync
 from blktrack.capture import Source
 from blktrack.cli.meter import Meter
 from blktrack.cli.progress import Screen, Watcher
@@ -22,11 +23,13 @@ from blktrack.observer import FREEZE
 from blktrack.options import Options
 from blktrack.rates import Rates
 from blktrack.ship.limit import RateLimit
-from blktrack.tracker import tracker
+from blktrack.ship.receive import receive
+from blktrack.tracker import service, tracker
 from blktrack.tracker.tracking import Gap, Swap
 from blktrack.units import GIB, KIB, MIB
 from blktrack.verify import verify
 from tests.blockdev import TOP, Lab, Silent, wait_until, write_direct
+from tests.streams import Hosts
 from tests.terminal import Terminal
 from tests.test_sync import change
 
@@ -435,6 +438,40 @@ def test_a_doubt_and_what_an_earlier_run_left(shared: Lab) -> None:
         "resync",
         "writing back what was copied",
     ]
+
+
+@on_loop
+def test_the_phases_of_streams_and_hooks(shared: Lab) -> None:
+    hosts = Hosts(shared, 16 * MIB)
+
+    def carry(options: Options) -> tuple[Phases, Phases]:
+        sent, received, file = Phases(), Phases(), io.BytesIO()
+        send.send(shared.store, hosts.source, hosts.link, file, options=options, observer=sent)
+        file.seek(0)
+        received.phase("recv", len(file.getbuffer()))
+        report = receive(file, str(hosts.target), hosts.paths, observer=received)
+        send.commit(shared.store, hosts.source, hosts.link, report.epoch)
+        return sent, received
+
+    sent, received = carry(Options())
+    assert sent.names == ["initial"] and sent.most == [16 * MIB]
+    assert received.names == ["recv", "writing back what was received"]
+    hosts.change(MIB)
+    # Nothing is mounted: the hooks run, and nothing is frozen.
+    sent, received = carry(Options(consistency="filesystem", pre=("true",), post=("true",)))
+    assert sent.names == ["incremental", "pre hook 'true'", "post hook 'true'", "thawed"]
+    assert received.names == ["recv", "writing back what was received", "apply"]
+    assert received.most[0] > 64 * KIB and received.most[2] == received.totals[2] == 64 * KIB
+
+
+@on_loop
+def test_the_phases_of_a_rest(shared: Lab) -> None:
+    device, stopped, started = shared.loop(16 * MIB), Phases(), Phases()
+    tracker.track(shared.store, device, None)
+    assert service.stop(shared.store, device, stopped)[0].action == "stopped"
+    assert stopped.names == [f"putting {device} to rest"]
+    assert service.start(shared.store, device, started)[0].action == "resumed"
+    assert started.names == [f"tracking {device} on"]
 
 
 @on_loop
