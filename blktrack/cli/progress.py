@@ -104,7 +104,6 @@ class Screen:
                 auto_refresh=False,
                 expand=True,
             )
-            self._progress.start()
         for meter, reading in readings.items():
             if meter not in self._tasks:
                 self._tasks[meter] = self._progress.add_task("", total=None, figures="")
@@ -116,6 +115,7 @@ class Screen:
                 total=reading.total or None,
                 figures=reading.figures,
             )
+        self._progress.start()  # the first time
         self._progress.refresh()
 
     def _print_warnings(self) -> None:
