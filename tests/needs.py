@@ -138,6 +138,7 @@ PROBES: dict[str, Probe] = {
     "ext4": functools.partial(filesystem, "ext4"),
     "xfs": functools.partial(filesystem, "xfs"),
     "postgres": postgres,
+    "cron": functools.partial(tool, "cron"),
     "systemd": functools.partial(tool, "systemd-analyze"),
     **{
         name: functools.partial(tool, name)

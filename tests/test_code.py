@@ -64,6 +64,7 @@ FLOORS = {
     "fleet": 7,
     "told": 3,
     "tui": 7,
+    "schedule": 3,
     "cli": 8,
     "__main__": 9,  # python -m blktrack: calls cli
 }

@@ -14,6 +14,7 @@ runtime_packages=(
 # What its demo, tests and benchmarks need on top.
 dev_packages=(
     blktrace       # benchmark: the established block tracer, for comparison
+    cron           # tests: a schedule as cron runs it
     debhelper      # make deb
     debootstrap    # tests: a clean root that the package is installed in
     dh-python      # make deb

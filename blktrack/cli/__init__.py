@@ -35,6 +35,7 @@ COMMANDS = {
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",
     "service": "the systemd unit that does both",
+    "install": "a schedule for sync --all, by cron or systemd",
     "completion": "what a shell needs to complete commands and options",
     "help": "what a command does, as its --help",
 }

@@ -14,7 +14,7 @@ from blktrack.units import parse_duration
 def add_remind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remind",
-        type=_duration,
+        type=duration,
         metavar="TIME",
         default=0.0,
         help="with --quiet: what goes on as it was told is told again only after this long, as 4h "
@@ -22,7 +22,7 @@ def add_remind(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _duration(text: str) -> float:
+def duration(text: str) -> float:
     """argparse type: seconds."""
     try:
         return parse_duration(text)

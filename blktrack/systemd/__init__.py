@@ -27,12 +27,13 @@ _DEV = Path("/dev")
 def unit() -> str:
     """The unit's text, with the path of this installation's command."""
     text = Path(__file__).with_name(UNIT).read_text(encoding="utf-8")
-    return text.replace("@BLKTRACK@", str(_command()))
+    return text.replace("@BLKTRACK@", str(command()))
 
 
-def _command() -> Path:
-    command = Path(sys.argv[0]).resolve()
-    return command if command.name == "blktrack" else Path(sys.executable).with_name("blktrack")
+def command() -> Path:
+    """The command of this installation."""
+    found = Path(sys.argv[0]).resolve()
+    return found if found.name == "blktrack" else Path(sys.executable).with_name("blktrack")
 
 
 def ordering(devices: Iterable[BlockDevice]) -> str:
@@ -74,7 +75,7 @@ def install(devices: Iterable[BlockDevice], where: Path = WHERE) -> list[Path]:
     own = where / UNIT
     texts = {own: unit(), where / f"{UNIT}.d" / "devices.conf": ordering(devices)}
     if where == WHERE and is_packaged():
-        if own.exists() and f"={_command()} " not in own.read_text(encoding="utf-8"):
+        if own.exists() and f"={command()} " not in own.read_text(encoding="utf-8"):
             own.unlink()
         del texts[own]
     for path, text in texts.items():
@@ -110,18 +111,20 @@ def remove(where: Path = WHERE) -> None:
         _reload()
 
 
-def _is_enabled() -> bool:
-    try:
-        _run("systemctl", "is-enabled", "--quiet", UNIT)
-    except BlktrackError:
-        return False
-    return True
+def is_booted() -> bool:
+    """Whether systemd manages this host; in a chroot or an image none runs."""
+    return Path("/run/systemd/system").is_dir()  # sd_booted(3)
+
+
+def control(*words: str) -> None:
+    """Tell the manager. BlktrackError."""
+    _run("systemctl", *words)
 
 
 def _reload() -> None:
-    """A manager that runs reads the files again; in a chroot or an image none does."""
-    if Path("/run/systemd/system").is_dir():  # sd_booted(3)
-        _run("systemctl", "daemon-reload")
+    """A manager that runs reads the files again."""
+    if is_booted():
+        control("daemon-reload")
 
 
 def _run(*command: str) -> str:
