@@ -24,12 +24,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_bytes(path, f"{json.dumps(value, indent=1)}\n".encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """As write_json, for any content. Writers of one path hold one lock."""
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """As write_json, for any content. Writers of one path hold one lock.
+
+    mode -- permissions, whatever the umask.
+    """
     temporary = path.with_name(f".{path.name}.new")
     try:
         make_directory(path.parent)
         with open(temporary, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -116,6 +121,19 @@ def lock(
         yield
     finally:
         os.close(fd)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds this lock, as the kernel lists it: to try it could be in the way of
+    who does not wait for it."""
+    try:
+        status = path.stat()
+        table = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return False
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    held = {fields[5] for line in table.splitlines() if (fields := line.split())[1] == "FLOCK"}
+    return f"{device}:{status.st_ino}" in held
 
 
 def _try_lock(fd: int) -> bool:

@@ -72,12 +72,18 @@ class Doubt:
     generation: str
     reason: str
     time: float
+    number: int = 0  # how many there had been by then, with those that are forgotten
 
     @staticmethod
     def add(doubts: list[Doubt], generation: str, reason: str) -> None:
         """Put one on record; the oldest are forgotten."""
-        doubts.append(Doubt(generation, reason, time.time()))
+        doubts.append(Doubt(generation, reason, time.time(), Doubt.count(doubts) + 1))
         del doubts[:-_KEPT_DOUBTS]
+
+    @staticmethod
+    def count(doubts: list[Doubt]) -> int:
+        """Of all that ever were on record."""
+        return max(len(doubts), doubts[-1].number) if doubts else 0
 
 
 @dataclass
@@ -183,10 +189,13 @@ class Store:
         """This file in RUN of every link that takes part in drains."""
         return sorted((self.run(device) / "links").glob(f"*/{name}"))
 
-    def devices(self) -> list[DeviceState]:
+    def ids(self) -> list[str]:
+        """Of all devices that are remembered."""
         folder = self.paths.lib / "devices"
-        names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        return [state for name in names if (state := self.device(name))]
+        return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
+    def devices(self) -> list[DeviceState]:
+        return [state for number in self.ids() if (state := self.device(number))]
 
     def device(self, device: str) -> DeviceState | None:
         raw = _read(self.lib(device) / "device.json")

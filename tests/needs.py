@@ -14,6 +14,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -21,8 +22,8 @@ Probe = Callable[[], str]
 
 LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
 BPF_PROG_TYPE_RAW_TRACEPOINT = 17  # linux/bpf.h
-# A plain user's PATH on Debian has no sbin.
-TOOL_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+# A plain user's PATH on Debian has no sbin; tools/setup.sh puts some tools beside Python.
+TOOL_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:{Path(sys.executable).parent}"
 POSTGRES = "postgres"  # the user that Debian makes for the server, which refuses to run as root
 _POSTGRES_BIN = "usr/lib/postgresql/[0-9]*/bin"
 
@@ -148,6 +149,7 @@ PROBES: dict[str, Probe] = {
             "gcc",
             "man",
             "mandoc",
+            "promtool",
             "qemu-system-x86_64",
             "rsync",
             "sfdisk",

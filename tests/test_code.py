@@ -62,6 +62,7 @@ FLOORS = {
     "send": 6,
     "verify": 7,
     "fleet": 7,
+    "metrics": 7,
     "told": 3,
     "tui": 7,
     "schedule": 3,

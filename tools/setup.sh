@@ -104,6 +104,30 @@ make_venv() {
     "$python" -m venv --system-site-packages --without-pip .venv
 }
 
+# promtool reads figures and alert rules as Prometheus does. Debian's package would start a server
+# on this host: only the tool is taken out of it. The tests that need it say so if it is missing.
+fetch_promtool() {
+    [[ -x .venv/bin/promtool ]] || command -v promtool >/dev/null && return
+    say "fetching promtool out of Debian's package prometheus"
+    local folder
+    folder=$(mktemp -d)
+    if chmod 755 "$folder" && (cd "$folder" && apt_get_download prometheus) &&
+        dpkg-deb --extract "$folder"/prometheus_*.deb "$folder" &&
+        install -m 755 "$folder/usr/bin/promtool" .venv/bin/.promtool.new; then
+        mv .venv/bin/.promtool.new .venv/bin/promtool
+    else
+        say "no promtool: its tests cannot run; look at the message above, then run make setup again."
+    fi
+    rm -rf "$folder"
+}
+
+# With the lists of packages brought up to date if it is not in them.
+apt_get_download() {
+    apt-get -qq download "$1" 2>/dev/null && return
+    ((EUID != 0)) || apt-get -qq update || true
+    apt-get -qq download "$1"
+}
+
 check_result() {
     local message
     message=$(.venv/bin/python -c 'import bcc' 2>&1) ||
@@ -133,6 +157,7 @@ main() {
         printf '%s\n' "$wanted" >"$stamp"
         say "done: .venv/bin/blktrack"
     fi
+    fetch_promtool 9<&-
     # pip compiled what it installed, but not the clone that it points at.
     .venv/bin/python -m compileall -qq blktrack || true
 }

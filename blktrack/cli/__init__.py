@@ -31,6 +31,7 @@ COMMANDS = {
     "recv": "bring a replica to where a delta leads",
     "verify": "compare a replica with its device",
     "history": "what the last syncs did",
+    "metrics": "figures for Prometheus",
     "config": "check the policy file",
     "start": "track on at boot",
     "stop": "stop tracking cleanly at shutdown",

@@ -12,13 +12,20 @@ from blktrack.tracker.growth import grow
 from blktrack.tracker.rest import resume
 from blktrack.tracker.tracking import Tracking
 
+PATIENCE = 30.0  # seconds
+
 
 def hold(
-    store: Store, state_id: str, path: str, observer: Observer = NOBODY
+    store: Store,
+    state_id: str,
+    path: str,
+    observer: Observer = NOBODY,
+    *,
+    wait: float = PATIENCE,
 ) -> AbstractContextManager[None]:
     """The device's lock: taken for as long as a swap and merge take, so waiting is the answer."""
     return durable.lock(
-        store.run(state_id) / "lock", what=f"device {path}", wait=30, observer=observer
+        store.run(state_id) / "lock", what=f"device {path}", wait=wait, observer=observer
     )
 
 

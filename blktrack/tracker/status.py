@@ -18,7 +18,7 @@ from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import doubt
 from blktrack.tracker.link import LinkSets
-from blktrack.tracker.opening import hold, open_tracking
+from blktrack.tracker.opening import PATIENCE, hold, open_tracking
 from blktrack.tracker.tracker import find, find_any, present
 from blktrack.tracker.tracking import Gap, Tracking
 
@@ -50,12 +50,21 @@ def status(store: Store, path: str | None) -> list[DeviceStatus]:
     """Every device, or the one named. Doubts found here are recorded like anywhere else."""
     if path is None:
         known = [state for state in store.devices() if state.wanted or state.doubts]
-        return [_status(store, state, present(state)) for state in known]
+        return [status_of(store, state, present(state)) for state in known]
     state, device = find_any(store, path)
-    return [_status(store, state, device if device and device.size else present(state))]
+    return [status_of(store, state, device if device and device.size else present(state))]
 
 
-def _status(store: Store, state: DeviceState, device: BlockDevice | None) -> DeviceStatus:
+def glance(store: Store, state: DeviceState) -> list[LinkStatus]:
+    """What is known of the replicas of a device without its lock and the kernel."""
+    return [_link_status(store, state, link, None, None) for link in store.links(state.id)]
+
+
+def status_of(
+    store: Store, state: DeviceState, device: BlockDevice | None, wait: float = PATIENCE
+) -> DeviceStatus:
+    """That of one device, which is None if it is away. Busy if its lock is not free after `wait`
+    seconds."""
     report = DeviceStatus(
         device=device.path if device else state.path,
         size=state.size,
@@ -71,7 +80,7 @@ def _status(store: Store, state: DeviceState, device: BlockDevice | None) -> Dev
         losses=0,
     )
     live: Words | None = None
-    with hold(store, state.id, state.path), contextlib.ExitStack() as stack:
+    with hold(store, state.id, state.path, wait=wait), contextlib.ExitStack() as stack:
         state = store.device(state.id) or state
         tracking = None
         if state.resting:
