@@ -141,12 +141,15 @@ PROBES: dict[str, Probe] = {
     "postgres": postgres,
     "cron": functools.partial(tool, "cron"),
     "systemd": functools.partial(tool, "systemd-analyze"),
+    "debhelper": functools.partial(tool, "dh_python3"),
     **{
         name: functools.partial(tool, name)
         for name in (
             "blktrace",
+            "debootstrap",
             "fio",
             "gcc",
+            "lintian",
             "man",
             "mandoc",
             "promtool",

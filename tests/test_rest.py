@@ -168,7 +168,7 @@ def test_a_device_in_use_is_not_stopped(host: Host) -> None:
 
 
 def test_letting_go_leaves_nothing_in_the_kernel(host: Host) -> None:
-    """The quiet device goes on where it was, the one in use is compared, one that is away too."""
+    """The quiet device goes on where it was; one in use or away is compared."""
     quiet, kept = host.lab.loop(SIZE), str(host.lab.name("kept"))
     host.lab.track(quiet)
     host.lab.sync(quiet, kept)
