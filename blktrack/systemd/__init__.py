@@ -111,6 +111,14 @@ def remove(where: Path = WHERE) -> None:
         _reload()
 
 
+def _is_enabled() -> bool:
+    try:
+        _run("systemctl", "is-enabled", "--quiet", UNIT)
+    except BlktrackError:
+        return False
+    return True
+
+
 def is_booted() -> bool:
     """Whether systemd manages this host; in a chroot or an image none runs."""
     return Path("/run/systemd/system").is_dir()  # sd_booted(3)
