@@ -249,10 +249,55 @@ def test_rounds_do_not_overlap(fleet: Fleet) -> None:
     process_of(fleet, running, "one")
     quiet = ("--quiet", "--remind", "1h")
     second = fleet.sync(*quiet)
-    assert_clear(second, 6, "has not ended yet", f"process {running.process.pid} since 20")
+    assert second.code == 6
+    assert f"has not ended yet: process {running.process.pid} since 20" in second.err
     assert fleet.sync(*quiet) == Done(6, "", "")
     running.process.terminate()
     assert running.end().code == 128 + signal.SIGTERM
+
+
+def test_a_long_first_copy_holds_up_no_other(fleet: Fleet) -> None:
+    """Replicas that follow already go first, and the next rounds take all that are free."""
+    fleet.add("slow", ("late", "near"))
+    fleet.add("fast")
+    kept = fleet.disks["slow"].replicas.pop("late")
+    fleet.write()
+    assert fleet.sync("--quiet") == Done(0, "", "")
+    fleet.disks["slow"].replicas = {"late": kept} | fleet.disks["slow"].replicas
+    fleet.disks["slow"].of_replica["late"] = {"limit": SLOW}
+    fleet.write()
+    fleet.change(1)
+    running = fleet.start("--jobs", "2")
+    process_of(fleet, running, "slow")
+    assert fleet.in_step("slow") and fleet.in_step("fast")
+    for number in (2, 3):
+        fleet.change(number)
+        done = fleet.sync("--json", "--jobs", "2")
+        assert done.code == 6
+        assert exits(done) == {"slow.late": 6, "slow.near": 0, "fast.near": 0}
+        assert f"process {running.process.pid} since 20" in links(done)["slow.late"]["error"]
+        assert fleet.in_step("slow") and fleet.in_step("fast")
+    running.process.terminate()
+    assert running.end().code == 128 + signal.SIGTERM
+
+
+def test_all_rounds_share_the_jobs(fleet: Fleet) -> None:
+    fleet.add("one", limit=SLOW)
+    fleet.write()
+    running = fleet.start("--jobs", "1")
+    process_of(fleet, running, "one")
+    fleet.add("two")
+    fleet.write()
+    second = fleet.start("--jobs", "1")
+    waiting = fleet.lab.store.paths.run / "all/two.near.lock"
+    pid = f'"pid": {second.process.pid},'
+    wait_until(lambda: waiting.exists() and pid in waiting.read_text(), "the second round")
+    assert not fleet.disks["two"].replicas["near"].exists()
+    assert second.process.poll() is None
+    running.process.terminate()
+    running.end()
+    assert second.end().code == 6
+    assert fleet.in_step("two")
 
 
 def test_a_replica_that_is_synced_by_hand_is_busy(fleet: Fleet) -> None:

@@ -1,7 +1,7 @@
 """`sync --all`: every replica of the policy, each in a process of its own.
 
-`rounds` decides which of them run when, `child` is the process of one and the pipe through which it
-reports, `work` what it does, `outcome` what came of it.
+`rounds` decides which of them run when, `turns` which run has which of them, `child` is the process
+of one and the pipe through which it reports, `work` what it does, `outcome` what came of it.
 """
 
 from blktrack.fleet.outcome import trouble

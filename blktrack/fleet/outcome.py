@@ -59,7 +59,7 @@ def outcome(job: Job) -> LinkOutcome:
 
 def judge(store: Store, jobs: Iterable[Job], outcomes: Iterable[LinkOutcome]) -> None:
     """Hold what the replicas have now against what was promised of them."""
-    points = _last_points(store)
+    points = last_points(store)
     now = time.time()
     for job, found in zip(jobs, outcomes, strict=True):
         found.point = points.get(job.link.target)
@@ -67,7 +67,7 @@ def judge(store: Store, jobs: Iterable[Job], outcomes: Iterable[LinkOutcome]) ->
         found.lateness = job.link.lateness(found.lag_s)
 
 
-def _last_points(store: Store) -> dict[str, float]:
+def last_points(store: Store) -> dict[str, float]:
     """By target: a replica has one whatever its device is called now, and if it is away, too."""
     newest: dict[str, float] = {}
     try:

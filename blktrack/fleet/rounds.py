@@ -1,27 +1,25 @@
 """One round of every link of the policy.
 
-Those of one device follow each other, as they share its maps; devices go side by side. Processes
-share nothing but the locks that every command takes.
+Those of one device follow each other, as they read the same disk; devices go side by side.
+Processes share nothing but the locks that every command takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
-from blktrack import durable
 from blktrack.errors import Busy
 from blktrack.fleet.child import Child, Message
-from blktrack.fleet.outcome import jobs_of, judge, outcome, worst
+from blktrack.fleet.outcome import jobs_of, judge, last_points, outcome, worst
+from blktrack.fleet.turns import Turns
 from blktrack.fleet.work import Settings, work
 from blktrack.options import Options
 from blktrack.report import FleetReport, LinkOutcome, SyncReport
@@ -51,15 +49,25 @@ class FleetWatcher(Protocol):
 def sync_all(settings: Settings, watcher: FleetWatcher) -> tuple[FleetReport, bool]:
     """Sync every enabled link; also whether a device was tracked that had not been.
 
-    What fails of one link is told in its outcome. Busy if another round is under way.
+    What fails of one link is told in its outcome; so is that another run is still at it.
     """
     begun = time.monotonic()
     rounds = Rounds(settings, watcher)
-    with _alone(settings.store.paths.run), settings.guard(rounds.ending):
+    with settings.guard(rounds.ending):
         rounds.run()
     judge(settings.store, rounds.jobs, rounds.outcomes)
     code = worst(found.exit for found in rounds.outcomes)
     return FleetReport(rounds.outcomes, code, time.monotonic() - begun), rounds.tracked
+
+
+@dataclass
+class Running:
+    """A link that is being synced."""
+
+    number: int
+    child: Child
+    device: deque[int]  # the links of its device that are still to come
+    slot: contextlib.ExitStack
 
 
 class Rounds:
@@ -69,31 +77,49 @@ class Rounds:
         self.outcomes = [outcome(job) for job in jobs]
         self.ending = Options()  # signals set its `stop`
         self.tracked = False
-        numbers = groupby(range(len(jobs)), key=lambda number: jobs[number].device.name)
-        self._waiting = deque(deque(each) for _, each in numbers)  # by device
-        self._running: dict[int, tuple[int, Child, deque[int]]] = {}  # by descriptor
+        self._turns = Turns(settings.store.paths.run, settings.jobs or settings.policy.jobs)
+        self._waiting: deque[deque[int]] = deque()  # by device
+        self._running: dict[int, Running] = {}  # by descriptor
         self._poll = select.poll()
 
     def run(self) -> None:
         try:
+            self._line_up()
             while self._running or self._waiting:
                 self._step()
         finally:
-            for _, child, _ in self._running.values():  # whoever watches has failed
-                child.tell(signal.SIGTERM)
-                child.reap()
+            for running in self._running.values():  # whoever watches has failed
+                running.child.tell(signal.SIGTERM)
+                running.child.reap()
+            self._turns.close()
+
+    def _line_up(self) -> None:
+        """Every link that no other run has. Of a device those that follow already go first: a first
+        copy may take hours."""
+        known = last_points(self.settings.store)
+        for _, each in groupby(range(len(self.jobs)), lambda number: self.jobs[number].device.name):
+            numbers = deque(number for number in each if self._is_ours(number))
+            if numbers:
+                first = {n for n in numbers if self.jobs[n].link.target not in known}
+                self._waiting.append(deque(sorted(numbers, key=first.__contains__)))
+
+    def _is_ours(self, number: int) -> bool:
+        found = self.outcomes[number]
+        if why := self._turns.take(found.name):
+            self._fail(number, why, "wait for it to end", Busy.exit_code)
+            self.watcher.ended(found)
+        return not why
 
     def _step(self) -> None:
         if self.ending.stop.is_set():
             self._end()
-        limit = self.settings.jobs or self.settings.policy.jobs
-        while self._waiting and len(self._running) < limit:
-            self._begin(self._waiting.popleft())
+        while self._waiting and (slot := self._turns.slot()):
+            self._begin(self._waiting.popleft(), slot)
         for fd, _ in self._poll.poll(_TICK * 1000):
             self._hear(fd)
         self.watcher.tick()
 
-    def _begin(self, numbers: deque[int]) -> None:
+    def _begin(self, numbers: deque[int], slot: contextlib.ExitStack) -> None:
         """The next link of a device."""
         number = numbers.popleft()
         try:
@@ -101,27 +127,30 @@ class Rounds:
         except OSError as error:
             words = f"no process can be had for it: {error.strerror}"
             self._fail(number, words, "free memory, or raise the limit of processes", 1)
-            self._ended(number, numbers)
+            self._ended(number, numbers, slot)
             return
-        self._running[child.fd] = number, child, numbers
+        self._running[child.fd] = Running(number, child, numbers, slot)
         self._poll.register(child.fd, select.POLLIN)
 
     def _hear(self, fd: int) -> None:
-        number, child, numbers = self._running[fd]
-        messages, more = child.read()
+        running = self._running[fd]
+        number = running.number
+        messages, more = running.child.read()
         for message in messages:
             self._take(number, message)
         if more:
             return
         self._poll.unregister(fd)
         del self._running[fd]
-        code, found = child.reap(), self.outcomes[number]
+        code, found = running.child.reap(), self.outcomes[number]
         if found.report is None and not found.error:
             self._died(number, code)
-        self._ended(number, numbers)
+        self._ended(number, running.device, running.slot)
 
-    def _ended(self, number: int, numbers: deque[int]) -> None:
+    def _ended(self, number: int, numbers: deque[int], slot: contextlib.ExitStack) -> None:
         """The other links of the device go before other devices."""
+        slot.close()
+        self._turns.let_go(self.outcomes[number].name)
         self.watcher.ended(self.outcomes[number])
         if numbers:
             self._waiting.appendleft(numbers)
@@ -161,8 +190,8 @@ class Rounds:
                 words = f"it was not begun: {_signal(signum)} had ended the run"
                 self._fail(number, words, "run it again", 128 + signum)
                 self.watcher.ended(self.outcomes[number])
-        for _, child, _ in self._running.values():
-            child.tell(signum)
+        for running in self._running.values():
+            running.child.tell(signum)
 
 
 def _signal(number: int) -> str:
@@ -170,30 +199,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Rounds do not overlap. A death lets go of the lock; the note is for the words of others."""
-    note = run / "all.json"
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(durable.lock(run / "all.lock", what="sync --all"))
-        except Busy as error:
-            raise _overlap(note) from error
-        durable.write_json(note, {"pid": os.getpid(), "time": time.time()})
-        yield
-
-
-def _overlap(note: Path) -> Busy:
-    raw = durable.read_json(note) or {}
-    began, pid = raw.get("time"), raw.get("pid")
-    since = ""
-    if isinstance(began, float):
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
-        since = f", process {pid} since {when}"
-    return Busy(
-        f"the last sync --all has not ended yet{since}",
-        hint="wait for it to end; make a first, long copy by blktrack sync DEVICE TARGET, which "
-        "keeps only that replica busy",
-    )
