@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _SHOW_AFTER = 1.0  # seconds: on a terminal, what is over sooner shows nothing
-_TELL_AFTER = 2.0  # in a log a phase that lasts so long has a line
-_LINE_EVERY = 10.0
+_LINE_EVERY = 10.0  # in a log
+_TELL_AFTER = 2.0  # once there are lines, a phase that lasts so long has one
 _REDRAW, _LOOK = 0.2, 0.5  # seconds between two looks
 
 
@@ -79,7 +79,7 @@ class Screen:
     def _tell(self, meter: Meter, reading: Reading) -> None:
         now = self._clock()
         phase, last = self._told.get(meter, ("", self._begun))
-        new = phase != reading.phase and reading.elapsed >= _TELL_AFTER
+        new = phase not in ("", reading.phase) and reading.elapsed >= _TELL_AFTER
         if new or now - last >= _LINE_EVERY:
             self._told[meter] = reading.phase, now
             label = f"{meter.label}: " if meter.label else ""
