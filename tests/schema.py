@@ -123,6 +123,33 @@ SHIPPED = {
 }
 SYNC = {"mode": str, **SHIPPED}
 SEND = {"link": str, "mode": str, "base": int, **SHIPPED}
+TOTALS = {
+    "runs": int,
+    "busy": int,
+    "failures": int,
+    "failures_in_a_row": int,
+    "resyncs": int,
+    "rounds": int,
+    "bytes_changed": int,
+    "bytes_shipped": int,
+    "bytes_zeroed": int,
+    "bytes_wire": int,
+    "freeze_s": number,
+    "last_freeze_s": number,
+    "succeeded": (number, None),
+}
+RUN = {
+    **SYNC,
+    "command": {"sync", "send"},
+    "link": str,
+    "target": str,
+    "begun": number,
+    "exit": 0,
+    "error": "",
+    "totals": TOTALS,
+}
+RUN_FAILED = RUN | NO_POINT | {"mode": "", "consistency": "", "exit": int, "error": str}
+HISTORY = {"device": str, "runs": [RUN], "damaged": int}
 COMMIT = {"link": str, **POINT}
 RECV = {
     "target": str,

@@ -16,7 +16,7 @@ import pytest
 from blktrack.metrics.names import CATALOGUE, PREFIX
 from blktrack.units import MIB
 from tests.blockdev import TOP, Lab, write_direct
-from tests.test_metrics import look, promtool, write_policy
+from tests.test_metrics import promtool, samples, write_policy
 
 RULES, TESTS, DASHBOARD = (
     TOP / "docs" / name for name in ("alerts.yml", "alerts_test.yml", "grafana-dashboard.json")
@@ -125,5 +125,5 @@ def test_every_figure_of_the_catalogue_comes(shared: Lab) -> None:
         shared,
         f'[device.a]\npath = "{device}"\n[device.a.replica.b]\ntarget = "{replica}"\nrpo = "1h"\n',
     )
-    found = look(shared)
+    found = samples(shared.blktrack("metrics").out)
     assert {metric.name for metric in CATALOGUE} - set(found) <= AT_TIMES

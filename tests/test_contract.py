@@ -49,6 +49,8 @@ recv      x  x  x  .  .  .  x  x
 verify    x  x  x  x  x  x  x  x
 start     x  x  x  x  .  .  x  x
 stop      x  x  x  x  .  .  x  x
+history   x  x  x  x  .  .  .  .
+metrics   x  x  x  .  .  .  x  .
 config    x  x  x  .  .  .  .  x
 service   x  x  x  .  .  .  .  x
 completion x x  x  .  .  .  .  .
@@ -95,6 +97,10 @@ WORDS = {
     ("start", 3): "start PLAIN",
     ("stop", 2): "stop --all",
     ("stop", 3): "stop PLAIN",
+    ("history", 0): "history DEVICE",
+    ("history", 2): "history DEVICE --last none",
+    ("history", 3): "history PLAIN",
+    ("metrics", 2): "metrics --output /nowhere/blktrack.prom",
     ("config", 0): "config check --file POLICY",
     ("config", 2): "config check --file /nowhere/policy",
     ("service", 0): "service show",
@@ -148,7 +154,7 @@ def damaged(command: str) -> Case:
     return work
 
 
-for name in ("untrack", "status", "stop", "start"):
+for name in ("untrack", "status", "stop", "start", "history"):
     CASES[name, 1] = damaged(f"{name} {'/dev/away' if name != 'status' else ''}")
 
 
@@ -192,6 +198,18 @@ def _(bench: Bench) -> Done:
         return bench.run(f"verify {device} {replica} --repair --limit 8M")
 
 
+@case("metrics", 0)
+def figures(bench: Bench) -> Done:
+    """Where no device is held by another run."""
+    return bench.run("metrics", BLKTRACK_ROOT=str(bench.lab.name("root")))
+
+
+@case("metrics", 6)
+def _(bench: Bench) -> Done:
+    with locked(bench.lab.store.paths.run / "metrics.lock"):
+        return bench.run(f"metrics --output {bench.lab.folder / 'blktrack.prom'}")
+
+
 CASES["recv", 0] = carried
 CASES["recv", 1] = lambda bench: received(bench, b"no delta" * 100, str(bench.hosts.target))
 CASES["recv", 6] = lambda bench: received(bench, bench.hosts.sent()[0], "TAKEN")
@@ -211,6 +229,7 @@ def unwritten(line: str) -> Case:
 
 for name in ("config", "completion", "help"):
     CASES[name, 1] = unwritten(WORDS[name, 0])
+CASES["metrics", 1] = unwritten("metrics")
 
 
 @case("service", 1)

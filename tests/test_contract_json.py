@@ -22,6 +22,7 @@ from tests.schema import (
     DOCTOR,
     FINDING,
     FLEET,
+    HISTORY,
     LINK_INITIAL,
     LINK_READY,
     LINK_RESYNC,
@@ -36,6 +37,7 @@ from tests.schema import (
     REPLICA_CHANGED,
     REPLICA_UNFINISHED,
     REPLICA_WAITING,
+    RUN_FAILED,
     SEND,
     SYNC,
     TRACK,
@@ -68,7 +70,7 @@ PROMISED: list[tuple[Schema, str]] = [
 ]
 HAVE_JSON = {
     "doctor", "track", "status", "extents", "sync", "send", "recv", "verify", "config", "start",
-    "stop",
+    "stop", "history",
 }  # fmt: skip
 
 
@@ -137,6 +139,17 @@ def test_tracking_and_syncs(shared: Lab) -> None:
         file.write(b"changed")
     fits(run("verify", device, replica, "--repair"), VERIFY)
     assert identical(device, replica)
+
+
+def test_history(shared: Lab) -> None:
+    device, foreign = filled(shared, SIZE), shared.name("foreign")
+    shared.track(device)
+    shared.sync(device, shared.name("replica"))
+    fits(told(shared.blktrack("history", device, "--json")), HISTORY)
+    foreign.write_bytes(b"x" * MIB)
+    assert shared.blktrack("sync", device, foreign).code == 1
+    failed = HISTORY | {"runs": [RUN_FAILED]}
+    fits(told(shared.blktrack("history", device, "--failed", "--json")), failed)
 
 
 def test_devices_and_links(shared: Lab) -> None:

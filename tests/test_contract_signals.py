@@ -18,7 +18,7 @@ from tests.background import TRACEBACK, Running, past_start
 from tests.bench import DEVICE_STATE, SIZE, TELLS, WAITING, Bench, carried, lock_of
 from tests.blockdev import Done, wait_until
 from tests.streams import LINK
-from tests.test_contract import WORDS, rows
+from tests.test_contract import WORDS, figures, rows
 from tests.test_events import filled
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
@@ -157,6 +157,8 @@ def well(bench: Bench, command: str, how: str) -> Done:
     match command:
         case "recv":
             return carried(bench, how)
+        case "metrics":
+            return figures(bench)
         case "untrack" | "stop":
             device = filled(bench.lab, SIZE)
             bench.lab.track(device)

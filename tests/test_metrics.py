@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from blktrack.state import Doubt
 from blktrack.tracker import tracker
 from blktrack.units import KIB, MIB
 from tests.background import Running, assert_clear
-from tests.blockdev import Lab, run, write_direct
+from tests.blockdev import Lab, lab_in_memory, run, write_direct
 from tests.needs import TOOL_PATH
 
 real = pytest.mark.needs("root", "loop", "bpf")
@@ -28,6 +29,21 @@ LINE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 Labels = dict[str, str]
 Sample = tuple[Labels, float]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Lab]:
+    """An instance in which no device is held, as some of the session's may be."""
+    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as made:
+        made.track(made.loop(MIB))
+        yield made
+
+
+@pytest.fixture
+def shared(alone: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    monkeypatch.setenv("BLKTRACK_ROOT", str(alone.folder / "root"))
+    with alone.fresh() as made:
+        yield made
 
 
 def samples(text: str) -> dict[str, list[Sample]]:

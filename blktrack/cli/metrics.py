@@ -12,12 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from blktrack.cli.common import store
+from blktrack.cli.common import paths, store
 from blktrack.durable import lock, write_bytes
 from blktrack.errors import UsageError
 from blktrack.metrics import collect
 
-_PATIENCE = 10.0  # seconds for another run to write the file
+EXITS = {"6": "another run is writing figures"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,19 +27,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    of = store()
-    if args.output is not None:
-        _check(args.output)
-    figures = collect(of)
+    if args.output is None:
+        sys.stdout.buffer.write(_figures())
+        return 0
+    _check(args.output)
+    with lock(paths().run / "metrics.lock", what="writing figures"):
+        # Who reads it is not root.
+        write_bytes(args.output, _figures(), mode=0o644)
+    return 0
+
+
+def _figures() -> bytes:
+    figures = collect(store())
     for warning in figures.warnings:
         print(f"blktrack: warning: {warning}", file=sys.stderr)
-    if args.output is None:
-        sys.stdout.buffer.write(figures.text)
-        return 0
-    with lock(of.paths.run / "metrics.lock", what="the file of figures", wait=_PATIENCE):
-        # Who reads it is not root.
-        write_bytes(args.output, figures.text, mode=0o644)
-    return 0
+    return figures.text
 
 
 def _check(file: Path) -> None:
