@@ -209,7 +209,7 @@ OUTCOME = {
     "point": number,
     "lag_s": number,
     "rpo_s": number,
-    "promise": {"ok", "late", "broken"},
+    "lateness": {"ok", "late", "broken"},
 }
 OUTCOME_FAILED = OUTCOME | {"exit": int, "error": str, "hint": str, "report": None}
 FLEET = {"links": [OUTCOME], "exit": 0, "duration_s": number}

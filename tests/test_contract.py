@@ -53,6 +53,7 @@ history   x  x  x  x  .  .  .  .
 metrics   x  x  x  .  .  .  x  .
 config    x  x  x  .  .  .  .  x
 service   x  x  x  .  .  .  .  x
+install   x  x  x  .  .  .  .  x
 completion x x  x  .  .  .  .  .
 help      x  x  x  .  .  .  .  .
 """
@@ -105,6 +106,8 @@ WORDS = {
     ("config", 2): "config check --file /nowhere/policy",
     ("service", 0): "service show",
     ("service", 2): "service begin",
+    ("install", 0): "install cron --print",
+    ("install", 2): "install cron --print --every 7m",
     ("completion", 0): "completion bash",
     ("completion", 2): "completion fish",
     ("help", 0): "help sync",
@@ -227,7 +230,7 @@ def unwritten(line: str) -> Case:
     return work
 
 
-for name in ("config", "completion", "help"):
+for name in ("config", "install", "completion", "help"):
     CASES[name, 1] = unwritten(WORDS[name, 0])
 CASES["metrics", 1] = unwritten("metrics")
 

@@ -263,7 +263,7 @@ def test_policy_and_fleet(shared: Lab) -> None:
     policy(shared, device, replica, "/nowhere/replica")
     failed = told(shared.blktrack("sync", "--all", "--json"), 1)
     fits(failed | {"links": failed["links"][:1]}, FLEET | {"exit": 1})
-    never = {"point": None, "lag_s": None, "promise": str}
+    never = {"point": None, "lag_s": None, "lateness": "broken"}
     fits(failed["links"][1], OUTCOME_FAILED | never)
     file.write_text("[device.one]\n", encoding="utf-8")
     wrong = {"ok": False, "errors": [FINDING], "warnings": []}

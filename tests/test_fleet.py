@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +207,20 @@ def test_a_process_that_is_killed_stops_no_other(fleet: Fleet) -> None:
     assert report["mode"] == "initial" and fleet.in_step("victim")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_all_cleanly(fleet: Fleet, signum: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("send", "signum"),
+    [(os.kill, signal.SIGTERM), (os.kill, signal.SIGHUP), (os.killpg, signal.SIGINT)],
+)
+def test_a_signal_ends_all_cleanly(
+    fleet: Fleet, send: Callable[[int, int], None], signum: signal.Signals
+) -> None:
+    """A Ctrl-C goes to the whole group of the terminal."""
     for name in ("one", "two", "three"):
         fleet.add(name, ("near", "far"), limit=SLOW)
     fleet.write()
     running = fleet.start("--jobs", "2")
     processes = [process_of(fleet, running, name) for name in ("one", "two")]
-    running.process.send_signal(signum)
+    send(running.process.pid, signum)
     done = running.end()
     assert done.code == 128 + signum
     assert "6 replicas: 6 stopped" in done.out

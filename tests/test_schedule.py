@@ -325,7 +325,7 @@ def _readme_line(daemon: Cron, device: str, target: Path) -> None:
     """The line that the README prints for one replica: every minute, and with names from here."""
     write_direct(device, 0, sectors.make(0, 64 * KIB, 1))
     text = (TOP / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^ +(\*/5 .* root .*/blktrack sync .*)$", text, re.MULTILINE)
+    found = re.search(r"^ *(\*/5 .* root .*/blktrack sync .*)$", text, re.MULTILINE)
     assert found, "the README has no line for cron"
     fields = re.fullmatch(r"\*/5( \* \* \* \* +root +)\S+( sync )\S+ \S+(.*)", found[1])
     assert fields, found[1]

@@ -82,8 +82,13 @@ def run(args: argparse.Namespace) -> int:
 
         _refuse_with_all(args)
         return reminded(args, "sync --all", lambda: fleet.run(args))
-    if not args.device or not args.target:
-        raise Misused("a DEVICE and a TARGET are missing, or --all", program="blktrack sync")
+    given = {"DEVICE": args.device, "TARGET": args.target}
+    if missing := [name for name, value in given.items() if not value]:
+        only = f"{missing[0]} is missing"
+        raise Misused(
+            only if len(missing) == 1 else "DEVICE and TARGET are missing, or --all",
+            program="blktrack sync",
+        )
     if args.jobs:
         raise Misused("--jobs is for --all", program="blktrack sync")
     return reminded(args, args.target, lambda: _run(args))
