@@ -8,8 +8,6 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -244,17 +242,6 @@ def test_a_refresh_writes_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 real = pytest.mark.needs("tmux")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """Short enough a path for a socket."""
-    short = Path(f"/tmp/blktrack-{os.getpid()}-{time.monotonic_ns() % 10**9}")
-    short.mkdir(mode=0o700)
-    yield short
-    for path in sorted(short.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    short.rmdir()
-
-
 def program(*words: object) -> str:
     return " ".join([sys.executable, "-m", "tests.boards", *map(str, words)])
 
@@ -279,9 +266,9 @@ def layout(lines: list[str]) -> list[str]:
 
 @real
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_screen_is_what_was_drawn(folder: Path, seed: int, width: int) -> None:
+def test_the_screen_is_what_was_drawn(seed: int, width: int) -> None:
     """However it came about: by writing changes, or anew after the window had another size."""
-    with Terminal(folder, width, 30) as terminal:
+    with Terminal(width, 30) as terminal:
         terminal.type(program(seed))
         for columns, rows in ((width, 30), (97, 17), (width, 30)):
             terminal.resize(columns, rows)
@@ -295,9 +282,9 @@ def test_the_screen_is_what_was_drawn(folder: Path, seed: int, width: int) -> No
 
 
 @real
-def test_keys_in_a_terminal(folder: Path) -> None:
-    with Terminal(folder, 100, 30) as terminal:
-        terminal.type(f"stty -g > {folder}/before; {program(1)}; echo code $?")
+def test_keys_in_a_terminal() -> None:
+    with Terminal(100, 30) as terminal:
+        terminal.type(f"stty -g > {terminal.folder}/before; {program(1)}; echo code $?")
         terminal.wait("s sort: name")
         assert terminal.tell("alternate_on") == "1" and terminal.tell("cursor_flag") == "0"
         terminal.keys("s")
@@ -316,48 +303,48 @@ def test_keys_in_a_terminal(folder: Path) -> None:
         terminal.wait("any key goes back", gone=True)
         terminal.keys("q")
         terminal.wait("code 0")
-        given_back(terminal, folder)
+        given_back(terminal)
 
 
-def given_back(terminal: Terminal, folder: Path) -> None:
+def given_back(terminal: Terminal) -> None:
     """The terminal is as it was, and takes input."""
-    terminal.type(f"stty -g | cmp - {folder}/before && echo as it w''as")
+    terminal.type(f"stty -g | cmp - {terminal.folder}/before && echo as it w''as")
     terminal.wait("as it was")
     assert terminal.tell("alternate_on") == "0" and terminal.tell("cursor_flag") == "1"
 
 
 @real
 @pytest.mark.parametrize("way", ["C-c", "TERM", "HUP", "INT"])
-def test_every_signal_gives_the_terminal_back(folder: Path, way: str) -> None:
-    with Terminal(folder, 80, 24) as terminal:
+def test_every_signal_gives_the_terminal_back(way: str) -> None:
+    with Terminal(80, 24) as terminal:
         # The command line turns Interrupted into its exit code; here it ends with a traceback.
-        terminal.type(f"stty -g > {folder}/before; {program(1)}; clear; echo end''ed")
+        terminal.type(f"stty -g > {terminal.folder}/before; {program(1)}; clear; echo end''ed")
         terminal.wait("s sort: name")
         if way == "C-c":
             terminal.keys(way)
         else:
             os.kill(terminal.child(), getattr(signal, f"SIG{way}"))
         terminal.wait("ended")
-        given_back(terminal, folder)
+        given_back(terminal)
 
 
 @real
-def test_an_exception_gives_the_terminal_back(folder: Path) -> None:
-    with Terminal(folder, 100, 40) as terminal:
-        terminal.type(f"stty -g > {folder}/before; {program('fail')}; echo code $?")
+def test_an_exception_gives_the_terminal_back() -> None:
+    with Terminal(100, 40) as terminal:
+        terminal.type(f"stty -g > {terminal.folder}/before; {program('fail')}; echo code $?")
         assert "IndexError" in terminal.wait("code 1")
-        given_back(terminal, folder)
+        given_back(terminal)
 
 
 @real
-def test_it_can_be_stopped_and_go_on(folder: Path) -> None:
-    with Terminal(folder, 80, 24) as terminal:
-        terminal.type(f"stty -g > {folder}/before; {program(1)}; echo code $?")
+def test_it_can_be_stopped_and_go_on() -> None:
+    with Terminal(80, 24) as terminal:
+        terminal.type(f"stty -g > {terminal.folder}/before; {program(1)}; echo code $?")
         terminal.wait("s sort: name")
         pid = terminal.child()
         terminal.keys("C-z")
         terminal.wait("Stopped")
-        given_back(terminal, folder)
+        given_back(terminal)
         terminal.type("clear; fg")
         terminal.wait("s sort: name")
         assert terminal.tell("alternate_on") == "1"
@@ -367,13 +354,13 @@ def test_it_can_be_stopped_and_go_on(folder: Path) -> None:
         terminal.wait("s sort: name")
         terminal.keys("q")
         terminal.wait(PROMPT.strip())
-        given_back(terminal, folder)
+        given_back(terminal)
 
 
 @real
-def test_no_colour_and_no_unicode_where_they_are_not_wanted(folder: Path) -> None:
+def test_no_colour_and_no_unicode_where_they_are_not_wanted() -> None:
     colour = re.compile(r"\x1b\[[0-9;]*3[0-7]")
-    with Terminal(folder, 80, 24) as terminal:
+    with Terminal(80, 24) as terminal:
         terminal.type(program("usual"))
         terminal.wait(UNICODE.arrows)
         assert colour.search("\n".join(terminal.screen("-e")))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -16,13 +18,12 @@ PROMPT = "ready$ "
 class Terminal:
     """A shell in a pane of `width` by `height`; a context."""
 
-    def __init__(
-        self, folder: Path, width: int, height: int, env: Mapping[str, str] | None = None
-    ) -> None:
-        self._folder = folder
+    def __init__(self, width: int, height: int, env: Mapping[str, str] | None = None) -> None:
+        # A socket's path has to be short.
+        self.folder = Path(tempfile.mkdtemp(prefix="blktrack-", dir="/tmp"))
         self._env = {
             **{name: value for name, value in os.environ.items() if name not in ("CI", "TMUX")},
-            "TMUX_TMPDIR": str(folder),
+            "TMUX_TMPDIR": str(self.folder),
             "LC_ALL": "C.UTF-8",
         }
         self._size = (width, height)
@@ -34,11 +35,18 @@ class Terminal:
         shell = f"PS1='{PROMPT}' exec bash --norc --noprofile"
         size = ("-x", columns, "-y", rows)
         self.tmux("-f", "/dev/null", "new-session", "-d", *size, *set_up, "-c", str(TOP), shell)
-        self.wait(PROMPT.strip())
+        try:
+            self.wait(PROMPT.strip())
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.tmux("kill-server")
+        try:
+            self.tmux("kill-server")
+        finally:
+            shutil.rmtree(self.folder)
 
     def tmux(self, *words: str) -> str:
         done = subprocess.run(
