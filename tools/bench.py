@@ -31,11 +31,11 @@ from rich.table import Table
 import blktrack
 from blktrack.errors import BlktrackError
 from blktrack.units import format_duration
-from tools.benchmark import cost, load, points, replicate, scale, staged
+from tools.benchmark import cost, load, points, replicate, scale, staged, watch
 from tools.benchmark.figure import Figure
 from tools.benchmark.lab import Failed, Lab
 
-GROUPS: list[ModuleType] = [load, cost, replicate, scale, points, staged]
+GROUPS: list[ModuleType] = [load, cost, replicate, scale, points, staged, watch]
 NAMES = [name for group in GROUPS for name in group.NAMES]
 console = Console(highlight=False)
 
