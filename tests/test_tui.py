@@ -329,6 +329,23 @@ def test_every_signal_gives_the_terminal_back(way: str) -> None:
 
 
 @real
+def test_output_that_is_held_does_not_hold_it() -> None:
+    """After Ctrl-S whoever writes waits for Ctrl-Q, but not when it has to end."""
+    with Terminal(80, 24) as terminal:
+        terminal.type(f"stty -g > {terminal.folder}/before; {program(1)}; clear; echo end''ed")
+        terminal.wait("s sort: name")
+        pid = terminal.child()
+        terminal.keys("C-s")
+        terminal.keys("s")
+        # n_tty_write waits there for room.
+        waits = Path(f"/proc/{pid}/wchan")
+        wait_until(lambda: waits.read_text(encoding="ascii") == "wait_woken", "a held write")
+        os.kill(pid, signal.SIGTERM)
+        terminal.wait("ended")
+        given_back(terminal)
+
+
+@real
 def test_an_exception_gives_the_terminal_back() -> None:
     with Terminal(100, 40) as terminal:
         terminal.type(f"stty -g > {terminal.folder}/before; {program('fail')}; echo code $?")

@@ -77,7 +77,9 @@ class Screen:
         if self._before is None:
             return
         with contextlib.suppress(OSError, termios.error):
-            termios.tcflow(self._target, termios.TCOON)  # stopped by Ctrl-S nothing would get out
+            # Stopped by Ctrl-S nothing would get out; only what TCOOFF stopped does TCOON start.
+            termios.tcflow(self._target, termios.TCOOFF)
+            termios.tcflow(self._target, termios.TCOON)
         with contextlib.suppress(OSError):
             self._write(_LEAVE.format(rows=self.size[1]))
         with contextlib.suppress(OSError, termios.error):
