@@ -26,7 +26,8 @@ set -e
 mount --bind . .
 cd "$PWD"
 mount -t proc proc proc
-mount -t sysfs sysfs sys
+mount --rbind /sys sys
+mount -t bpf bpf sys/fs/bpf
 mount --rbind /dev dev
 mount --bind /etc/apt host/apt
 mount --bind /var/lib/apt/lists host/lists
