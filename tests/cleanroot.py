@@ -26,8 +26,7 @@ set -e
 mount --bind . .
 cd "$PWD"
 mount -t proc proc proc
-mount --rbind /sys sys
-mount -t bpf bpf sys/fs/bpf
+mount -t sysfs sysfs sys
 mount --rbind /dev dev
 mount --bind /etc/apt host/apt
 mount --bind /var/lib/apt/lists host/lists
@@ -122,6 +121,9 @@ def clean_root(folder: Path) -> Iterator[CleanRoot]:
         wait_until(lambda: holder.poll() is not None or _is_in(holder), "the clean root")
         assert holder.poll() is None, "the clean root could not be entered"
         root.run("/debootstrap/debootstrap", "--second-stage")
+        # It unmounts what it finds mounted. The bpffs is a new one, not the host's.
+        for kind, place in (("proc", "/proc"), ("sysfs", "/sys"), ("bpf", "/sys/fs/bpf")):
+            root.run("sh", "-c", f"mountpoint -q {place} || mount -t {kind} {kind} {place}")
         yield root
 
 
