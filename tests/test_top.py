@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
@@ -21,6 +23,7 @@ import pytest
 
 from blktrack import bitmap, durable
 from blktrack.bpf import libbpf
+from blktrack.cli import main
 from blktrack.device import device_id
 from blktrack.report import TopDevice, TopReport
 from blktrack.sysfs import BlockDevice
@@ -279,6 +282,11 @@ def test_detached_programs_are_told(lab: Lab) -> None:
             pin.unlink()
         found = look()
         assert found.state == "gap" and "no longer pinned" in found.reason
+    for pin in lab.store.paths.pins.rglob("slot_*_b"):
+        pin.unlink()
+    with watching(lab, device) as look:
+        found = look()
+        assert found.state == "gap" and "dirty maps of slot 0" in found.reason
         for pin in lab.store.paths.pins.rglob("windows"):
             pin.unlink()
         found = look()
@@ -334,6 +342,10 @@ def test_usage(lab: Lab) -> None:
     device = lab.loop(MIB)
     done = lab.blktrack("top", device, "--once")
     assert done.code == 3 and f"{device} is not tracked" in done.err and "->" in done.err
+    lab.track(device)
+    lab.untrack(device)
+    done = lab.blktrack("top", device, "--once")
+    assert done.code == 3 and f"blktrack track {device}" in done.err
     for interval in ("0", "x", "nan"):
         done = lab.blktrack("top", "--interval", interval)
         assert done.code == 2 and "--interval" in done.err
@@ -364,6 +376,45 @@ def test_lines_until_a_signal(shared: Lab, words: list[str], number: signal.Sign
     else:
         assert sum(line.startswith(device) for line in lines) >= 2
         assert any("1 device  0 B/s" in line for line in lines)
+
+
+def test_a_terminal_that_goes_without_a_signal(lab: Lab) -> None:
+    """As it is for who is not led by it: with setsid, or from some supervisors."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "blktrack", "top", "--interval", "0.1"]
+    process = subprocess.Popen(
+        command,
+        cwd=TOP,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    try:
+        seen = b""
+        while b"waiting for one" not in seen:
+            seen += os.read(ours, 1 << 16)
+        os.close(ours)
+        _, complaint = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, complaint) == (128 + signal.SIGHUP, "")
+
+
+def test_a_kernel_that_does_not_time(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(libbpf, "enable_stats", refuse)
+    assert main(["top", "--once", "--interval", "0.1", "--cost"]) == 1
+    told = capsys.readouterr().err
+    assert "the kernel does not time programs" in told and "-> leave out --cost" in told
 
 
 @pytest.mark.needs("tmux")

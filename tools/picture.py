@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ from blktrack.tui import board, look
 from blktrack.tui.trend import Trend
 from blktrack.units import KIB, MIB
 
-WIDTH, HEIGHT = 118, 26
+WIDTH, HEIGHT = 122, 20
 DISK = 512 * MIB
 BLOCK = 4 * KIB
 POLICY = """
@@ -187,6 +186,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=int, default=300, help="of load (default: 300)")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("/tmp/backup"), help="made, and removed (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/top.svg"))
     args = parser.parse_args()
     if os.geteuid() != 0:
@@ -194,11 +196,15 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     with contextlib.ExitStack() as cleanup:
-        folder = Path(tempfile.mkdtemp(prefix="backup-", dir="/var/tmp"))
+        folder = args.dir  # its name is in the picture
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            sys.exit(f"{folder} cannot be made: {error.strerror}; choose another --dir")
         cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         os.environ["BLKTRACK_ROOT"] = str(folder / "state")
         cleanup.callback(lambda: kernel.remove(Paths.from_environment().pins))
-        lines = take(folder, cleanup, args.seconds)
+        lines = take(folder.resolve(), cleanup, args.seconds)
     args.out.write_text(svg(lines), encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size} bytes")
     return 0

@@ -15,7 +15,7 @@ from blktrack.report import TopReport
 from blktrack.tui import board, help
 from blktrack.tui.keys import Keys
 from blktrack.tui.look import Glyphs
-from blktrack.tui.screen import Screen
+from blktrack.tui.screen import Screen, lost
 from blktrack.tui.trend import Trend
 
 INTERVALS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds; + and - go through them
@@ -100,8 +100,8 @@ class App:
         if source is None:
             return self._keys.flush()
         data = os.read(source, 256)
-        if not data:  # the terminal has gone
-            raise Interrupted("top lost its terminal", signum=signal.SIGHUP)
+        if not data:
+            raise lost()
         return self._keys.feed(data)
 
     def _press(self, key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
+from blktrack.errors import Interrupted
 from blktrack.tui.look import ASCII, PLAIN, Glyphs, Line
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[H\x1b[2J"  # the other screen, no cursor, empty
@@ -36,6 +38,11 @@ def usable(source: int, target: int) -> bool:
     """Whether both are a terminal that one can draw on."""
     both = os.isatty(source) and os.isatty(target)
     return both and os.environ.get("TERM", "").lower() not in _UNUSABLE
+
+
+def lost() -> Interrupted:
+    """The terminal has gone; its signal may be on its way, or is for others."""
+    return Interrupted("top lost its terminal", signum=signal.SIGHUP)
 
 
 class Screen:
@@ -80,7 +87,7 @@ class Screen:
             # Stopped by Ctrl-S nothing would get out; only what TCOOFF stopped does TCOON start.
             termios.tcflow(self._target, termios.TCOOFF)
             termios.tcflow(self._target, termios.TCOON)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Interrupted):
             self._write(_LEAVE.format(rows=self.size[1]))
         with contextlib.suppress(OSError, termios.error):
             termios.tcsetattr(self._source, termios.TCSANOW, self._before)
@@ -157,8 +164,13 @@ class Screen:
     def _write(self, text: str) -> None:
         data = memoryview(text.encode(self._encoding, "replace"))
         self.written += len(data)
-        while data:
-            data = data[os.write(self._target, data) :]
+        try:
+            while data:
+                data = data[os.write(self._target, data) :]
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise lost() from error
 
 
 @contextlib.contextmanager
