@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench soak lint wheel deb clean
+.PHONY: help setup dev demo test bench soak lint wheel deb clean
 
 help:  ## print this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1	\2/p' Makefile | expand -t 16
@@ -14,27 +14,31 @@ help:  ## print this list
 setup:  ## install what blktrack needs: system packages, then .venv
 	@tools/setup.sh
 
+# What the tests, benchmarks and packages need on top.
+dev:
+	@tools/setup.sh dev
+
 demo: setup  ## replicate a live file system on a loop disk (root)
 	@$(PYTHON) tools/demo.py $(ARGS)
 
-test: setup  ## run the tests; those that need more than this machine has are skipped
+test: dev  ## run the tests; those that need more than this machine has are skipped
 	@$(PYTHON) -m pytest $(ARGS)
 
-bench: setup  ## print the benchmark table (root)
+bench: dev  ## print the benchmark table (root)
 	@$(PYTHON) tools/bench.py $(ARGS)
 
-soak: setup  ## run the tests that take long (root)
+soak: dev  ## run the tests that take long (root)
 	@$(PYTHON) -m pytest -m soak --timeout=3600 $(ARGS)
 
-lint: setup  ## check style, format and types
+lint: dev  ## check style, format and types
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m mypy
 
-wheel: setup  ## build dist/blktrack-VERSION-py3-none-any.whl
+wheel: dev  ## build dist/blktrack-VERSION-py3-none-any.whl
 	@$(PYTHON) -m hatchling build --target wheel --directory dist
 
-deb: setup  ## build dist/blktrack_VERSION_all.deb
+deb: dev  ## build dist/blktrack_VERSION_all.deb
 	@tools/deb.sh
 
 clean:  ## remove .venv, caches and build output

@@ -127,7 +127,16 @@ def check_removal(root: CleanRoot, package: Path, device: str, before: set[str])
     root.run("dpkg", "-i", f"/tmp/{package.name}")
     assert f"{device}: resumed" in root.run("blktrack", "start").out
     assert synced(root, device)["mode"] == "incremental"
+    schedule = root.folder / "etc/cron.d/blktrack"
+    schedule.parent.mkdir(exist_ok=True)
+    policy = f'[device.a]\npath = "{device}"\n[device.a.replica.r]\ntarget = "/replica.img"\n'
+    (root.folder / "etc/blktrack").mkdir()
+    (root.folder / "etc/blktrack/blktrack.toml").write_text(policy, encoding="utf-8")
+    root.run("blktrack", "install", "cron")
+    assert root.run("blktrack", "sync", "--all", "--quiet").out == ""
+    assert "/usr/bin/blktrack sync --all" in schedule.read_text(encoding="utf-8")
     root.run("dpkg", "-r", "blktrack")
+    assert not schedule.exists(), "it would only fail, every few minutes"
     root.run("test", "!", "-e", "/sys/fs/bpf/blktrack")
     (root.folder / "var/lib/blktrack/replicas/some").mkdir(parents=True)
     told = root.run("dpkg", "--purge", "blktrack")

@@ -12,7 +12,7 @@ python=$PWD/.venv/bin/python
 out=${1:-dist}
 
 command -v dh dh_python3 dpkg-buildpackage >/dev/null ||
-    die "debhelper or dh-python is missing; run make setup as root."
+    die "debhelper or dh-python is missing; run make deb as root."
 version=$(dpkg-parsechangelog -l tools/debian/changelog -S Version)
 [[ $version == "$("$python" -c 'import blktrack; print(blktrack.__version__)')" ]] ||
     die "tools/debian/changelog is at $version, blktrack/__init__.py is not; write an entry for it."

@@ -2,23 +2,25 @@
 # Makes a clone ready to run: Debian packages, then .venv with the Python packages and
 # .venv/bin/blktrack in it. Needs root only while Debian packages are missing. Running it again
 # changes nothing and takes a moment; two runs at once wait for each other.
+#
+#   tools/setup.sh        what blktrack and its demo need
+#   tools/setup.sh dev    what its tests, benchmarks and packages need on top
 set -euo pipefail
 
-# What blktrack needs.
-runtime_packages=(
+packages=(
+    e2fsprogs      # demo: mkfs.ext4, fsck
     python3-bpfcc  # compiles the programs in the kernel; brings libbpf, which loads them
     python3-venv   # makes .venv
     mount          # mount, umount, losetup
+    sqlite3        # demo: the database that is written while it is replicated
     util-linux     # fsfreeze, lsblk, wipefs
 )
-# What its demo, tests and benchmarks need on top.
 dev_packages=(
     blktrace       # benchmark: the established block tracer, for comparison
     cron           # tests: a schedule as cron runs it
     debhelper      # make deb
     debootstrap    # tests: a clean root that the package is installed in
     dh-python      # make deb
-    e2fsprogs      # demo, tests: mkfs.ext4, fsck
     fdisk          # tests: sfdisk makes partitions
     fio            # tests, benchmark: load
     gcc            # benchmark: the minimal C program that copying is measured against
@@ -30,7 +32,6 @@ dev_packages=(
     qemu-system-x86  # tests: a replica that boots
     rsync          # benchmark: what an incremental sync is measured against
     systemd        # tests: systemd-analyze reads the unit as systemd will
-    sqlite3        # demo: the database that is written while it is replicated
     tmux           # tests: the terminal that top is driven in
     xfsprogs       # tests: mkfs.xfs, xfs_repair
     zsh            # tests: completion
@@ -41,7 +42,11 @@ no_cluster=/etc/postgresql-common/createcluster.d/blktrack-setup.conf
 
 # The Python that python3-bpfcc belongs to: a python3 elsewhere in PATH cannot import bcc.
 python=/usr/bin/python3
-packages=("${runtime_packages[@]}" "${dev_packages[@]}")
+case ${1:-} in
+    "") ;;
+    dev) packages+=("${dev_packages[@]}") ;;
+    *) echo "usage: tools/setup.sh [dev]" >&2 && exit 2 ;;
+esac
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -116,7 +121,7 @@ fetch_promtool() {
         install -m 755 "$folder/usr/bin/promtool" .venv/bin/.promtool.new; then
         mv .venv/bin/.promtool.new .venv/bin/promtool
     else
-        say "no promtool: its tests cannot run; look at the message above, then run make setup again."
+        say "no promtool: its tests cannot run; look at the message above, then run this again."
     fi
     rm -rf "$folder"
 }
@@ -157,7 +162,7 @@ main() {
         printf '%s\n' "$wanted" >"$stamp"
         say "done: .venv/bin/blktrack"
     fi
-    fetch_promtool 9<&-
+    [[ ${1:-} != dev ]] || fetch_promtool 9<&-
     # pip compiled what it installed, but not the clone that it points at.
     .venv/bin/python -m compileall -qq blktrack || true
 }

@@ -1,9 +1,9 @@
 """A schedule that runs `blktrack sync --all` again and again, by cron or by a timer of systemd.
-Runs do not overlap, and nothing is told while all is well. What fails is told by cron's mail, once,
-then every four hours and when it changes; a timer leaves it in the journal.
+No two runs work on one replica, and nothing is told while all is well. What fails is told by cron's
+mail, once, then every four hours and when it changes; a timer leaves it in the journal.
 
-Make the first copy of a large device by `blktrack sync DEVICE TARGET` before: in a run of the
-schedule all others would have to wait for it, for hours perhaps.
+The first copy of a large device may take longer than that: the next runs leave it to the one that
+is at it, say so once, and sync all others.
 
   blktrack install cron
   blktrack install systemd --every 15m
