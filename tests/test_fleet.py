@@ -233,9 +233,23 @@ def test_a_signal_ends_all_cleanly(
     assert all(fleet.in_step(name, each) for name in fleet.disks for each in ("near", "far"))
 
 
+def test_a_process_is_told_once(fleet: Fleet) -> None:
+    """A second signal would end it on the spot: here it is in a hook, and sees the first late."""
+    log = fleet.lab.name("log")
+    hook = f"'echo begun >> {log}; sleep 1'"
+    fleet.add("one", consistency='"filesystem"', pre_freeze=hook)
+    fleet.write()
+    running = fleet.start()
+    wait_until(log.exists, "the hook")
+    os.killpg(running.process.pid, signal.SIGINT)
+    done = running.end()
+    assert done.code in (0, 128 + signal.SIGINT), done  # it may have been as good as done
+    assert "killed" not in done.err
+
+
 def test_a_killed_parent_leaves_nobody_behind(fleet: Fleet) -> None:
     for name in ("one", "two"):
-        fleet.add(name, limit=SLOW)
+        fleet.add(name, limit='"16K"')
     fleet.write()
     running = fleet.start()
     processes = [process_of(fleet, running, name) for name in ("one", "two")]
@@ -397,13 +411,15 @@ def test_the_command_line_goes_over_the_policy(fleet: Fleet) -> None:
 
 
 def test_as_many_devices_at_a_time_as_allowed(fleet: Fleet) -> None:
-    """Each sync says when it begins and ends its hook, and the first waits there for a second."""
+    """Each sync says when its hook begins and ends; the first ones wait there for a second to come,
+    and give a third the time to."""
     log = fleet.lab.name("log")
     log.touch()
     for number in range(5):
         fleet.add(f"disk{number}", ("near", "far"))
-        wait = f"for i in $(seq 200); do [ $(grep -c + {log}) -ge 2 ] && break; sleep 0.05; done"
-        hook = f"echo + disk{number} >> {log}; {wait}; echo - disk{number} >> {log}"
+        wait = "for i in $(seq {}); do [ $(grep -c + {}) -ge {} ] && break; sleep 0.05; done"
+        second, third = wait.format(200, log, 2), wait.format(20, log, 3)
+        hook = f"echo + disk{number} >> {log}; {second}; {third}; echo - disk{number} >> {log}"
         fleet.disks[f"disk{number}"].keys = {
             "consistency": '"filesystem"',
             "pre-freeze": f"'{hook}'",
