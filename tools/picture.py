@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 
 from blktrack import linux
-from blktrack.bpf import kernel
+from blktrack.bpf import kernel, libbpf
 from blktrack.cli.outlook import Outlook
 from blktrack.config import Paths
 from blktrack.state import Store
@@ -139,7 +139,11 @@ def take(folder: Path, cleanup: contextlib.ExitStack, seconds: int) -> list[look
     paths.policy.write_text(POLICY.format(orders=orders, mail=mail, folder=folder))
     for disk, target in ((orders, "orders"), (orders, "orders-2"), (mail, "mail")):
         blktrack("sync", disk, f"{folder}/{target}.img", "--quiet")
-    store, trends, view = Store(paths), dict[str, Trend](), board.View(chosen=orders)
+    store, trends, view = (
+        Store(paths),
+        dict[str, Trend](),
+        board.View(chosen=orders, measuring=True),
+    )
     outlook = Outlook(store, paths.policy)
     writers = (
         Writer(orders, 260, 70, 0.02),
@@ -149,6 +153,7 @@ def take(folder: Path, cleanup: contextlib.ExitStack, seconds: int) -> list[look
     live = cleanup.enter_context(contextlib.closing(Live(store)))
     syncs: list[subprocess.Popen[bytes]] = []
     cleanup.callback(end, syncs)
+    cleanup.callback(os.close, libbpf.enable_stats())
     with writing(*writers):
         for second in range(seconds + 1):
             if second % 40 == 0 or second == seconds - 8:  # as cron would
@@ -177,7 +182,7 @@ def svg(lines: list[look.Line]) -> str:
     for line in lines:
         console.print(Segments([*line, Segment.line()]), end="")
     own = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.S)
-    own = own.replace("Fira Code", "DejaVu Sans Mono")
+    own = re.sub(r"<!--.*?-->\s*", "", own, flags=re.S).replace("Fira Code", "DejaVu Sans Mono")
     return console.export_svg(title="blktrack top", code_format=own, unique_id="top")
 
 

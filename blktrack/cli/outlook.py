@@ -57,7 +57,7 @@ class Outlook:
                 found = list(itertools.islice(history.newest_first(self._store, device), _RUNS))
             except BlktrackError:  # `blktrack history` says what is wrong with it
                 found = []
-            done = [run for run in found if not run.exit and run.bytes_changed and run.duration_s]
+            done = [run for run in found if not run.exit and _moved(run) and run.duration_s]
             self._runs[device] = known = (stamp, done)
         return known[1]
 
@@ -70,7 +70,7 @@ class Outlook:
             return
         present = self._present(now, (device.device, *_key(link)), left)
         # What a run takes to begin and end would make a rate of a short one, and that no estimate.
-        alike = (run for run in own if run.bytes_changed >= min(left // 4, _ALIKE))
+        alike = (run for run in own if _moved(run) >= min(left // 4, _ALIKE))
         rate = present or next(map(_rate, alike), None)
         link.eta_s = left / rate if rate else None
 
@@ -91,7 +91,12 @@ def _key(link: TopLink) -> history.Key:
 
 
 def _rate(run: Run) -> float:
-    return run.bytes_changed / run.duration_s
+    return _moved(run) / run.duration_s
+
+
+def _moved(run: Run) -> int:
+    """Bytes that took its time: what was zero or never written goes by at another rate."""
+    return run.bytes_changed if run.mode == "resync" else run.bytes_shipped
 
 
 def _stamp(path: Path) -> Stamp:
