@@ -22,9 +22,7 @@ def install(root: Path, kind: int) -> Kernel:
     mount_bpffs(root.parent)
     pins = root / fingerprint()
     if not all((pins / name).exists() for name in MAPS):
-        remove(root)
-        pins.mkdir(mode=0o700, parents=True)
-        _create_maps(pins)
+        _create_maps(root, pins)
     kernel = Kernel(root)
     names = BY_KIND[kind]
     if not all((pins / f"link_{name}").exists() for name in names):
@@ -128,9 +126,12 @@ def make_maps() -> dict[str, int]:
     return fds
 
 
-def _create_maps(pins: Path) -> None:
+def _create_maps(root: Path, pins: Path) -> None:
+    """In place of all that is pinned there."""
     fds = make_maps()
     try:
+        remove(root)
+        pins.mkdir(mode=0o700, parents=True)
         for name in MAPS:
             libbpf.pin(fds[name], pins / name)
     except OSError as error:

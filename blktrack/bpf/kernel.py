@@ -14,6 +14,7 @@ less than a whole; opening it then tells what is missing and `install` makes it 
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import mmap
 import os
 from collections.abc import Callable
@@ -39,6 +40,17 @@ MAPS = ("windows", "planes", "stats", "inflight")
 
 class Detached(BlktrackError):
     """Something that tracking needs is no longer in the kernel or no longer pinned."""
+
+
+def _missing(what: str, error: OSError | ValueError) -> BlktrackError:
+    """Detached, unless it is this process that lacks something: that is no doubt."""
+    number = error.errno if isinstance(error, OSError) else 0
+    if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM):
+        return BlktrackError(
+            f"cannot open what tracking has in the kernel: {os.strerror(number)}",
+            hint="let it have more open files (ulimit -n), more memory, or all rights of root",
+        )
+    return Detached(f"{what} ({error})")
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Kernel:
                 self._fds[name] = libbpf.open_pin(pins / name)
         except OSError as error:
             self.close()
-            raise Detached(f"the tracking maps are gone from {pins} ({error.strerror})") from error
+            raise _missing(f"the tracking maps are gone from {pins}", error) from error
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._memory = mmap.mmap(self._fds["windows"], abi.WINDOWS.itemsize, access=access)
         self._windows: NDArray[Any] = np.frombuffer(self._memory, dtype=abi.WINDOWS)
@@ -95,7 +107,7 @@ class Kernel:
             try:
                 link = libbpf.open_pin(self.pins / f"link_{name}")
             except OSError as error:
-                raise Detached(f"program {name} is no longer pinned") from error
+                raise _missing(f"program {name} is no longer pinned", error) from error
             try:
                 link_info = libbpf.info(link, libbpf.LinkInfo)
                 program = libbpf.program_by_id(link_info.prog_id)
@@ -144,9 +156,9 @@ class Kernel:
             libbpf.update(self._fds["planes"], _key(free), _key(fds[0]))
         except OSError as error:
             raise BlktrackError(
-                f"no kernel memory for the dirty maps ({format_size(2 * geometry.map_bytes)}): "
-                f"{error.strerror}",
-                hint="choose a larger --granularity",
+                f"cannot make the dirty maps ({format_size(2 * geometry.map_bytes)} of kernel "
+                f"memory): {os.strerror(error.errno or 0)}",
+                hint="free memory, choose a larger --granularity, or see blktrack doctor",
             ) from error
         finally:
             for fd in fds:
@@ -210,7 +222,7 @@ class Kernel:
                 self._fds[f"slot_{slot}_{letter}"] = fd
                 both.append(Planes(fd, geometry))
         except (OSError, ValueError) as error:
-            raise Detached(f"the dirty maps of slot {slot} are no longer pinned") from error
+            raise _missing(f"the dirty maps of slot {slot} are no longer pinned", error) from error
         active = self.active_map(slot)
         if active not in (both[0].id, both[1].id):
             raise Detached(f"slot {slot} has another dirty map than the pinned ones")

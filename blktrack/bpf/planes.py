@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,8 +105,11 @@ class Planes:
 
 
 def possible_cpus() -> int:
-    """How many values an element of a per-CPU map has (libbpf_num_possible_cpus)."""
-    return int(libbpf.library().libbpf_num_possible_cpus())
+    """How many values an element of a per-CPU map has (libbpf_num_possible_cpus). OSError."""
+    count = int(libbpf.library().libbpf_num_possible_cpus())
+    if count < 0:
+        raise OSError(-count, f"cannot count CPUs: {os.strerror(-count)}")
+    return count
 
 
 Reading = Callable[[], dict[str, int]]

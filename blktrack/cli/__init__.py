@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -70,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        _complain(what or type(error).__name__, "see the kernel log if this is unexpected")
+        hint = "see the kernel log if this is unexpected"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "let it have more open files (ulimit -n)"
+        _complain(what or type(error).__name__, hint)
         return 1
 
 
