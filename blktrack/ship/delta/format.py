@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 
 import xxhash
 
-from blktrack.ship.delta.errors import DeltaDamaged, DeltaForeign, DeltaInvalid, DeltaNewer
+from blktrack.ship.delta.errors import DeltaDamaged, DeltaInvalid, DeltaNewer
 from blktrack.units import KIB, MIB
 
 # As that of PNG: a first byte that is no text, and line ends that a text mode would change.
@@ -66,10 +66,8 @@ def pack_preamble(header: bytes) -> bytes:
 
 
 def unpack_preamble(raw: bytes | bytearray) -> tuple[int, int]:
-    """Length and checksum of the header."""
-    magic, version, flags, length, header_sum, _ = PREAMBLE.unpack(raw)
-    if magic != MAGIC:
-        raise DeltaForeign(magic)
+    """Length and checksum of the header. The magic is the caller's to check."""
+    _, version, flags, length, header_sum, _ = PREAMBLE.unpack(raw)
     if not _is_whole(raw):
         raise DeltaDamaged("its preamble does not match its checksum")
     if version != VERSION:
