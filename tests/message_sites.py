@@ -113,14 +113,19 @@ def module_name(path: Path) -> str:
 
 def sites_of(path: Path, errors: set[str]) -> list[Site]:
     """The places in one module, in the order of their marks."""
-    finder = _Finder(module_name(path), errors, mark=False)
-    finder.visit(ast.parse(path.read_text(encoding="utf-8")))
+    return sites_in(path.read_text(encoding="utf-8"), module_name(path), errors)
+
+
+def sites_in(source: str, module: str, errors: set[str]) -> list[Site]:
+    """The same of a text."""
+    finder = _Finder(module, errors, mark=False)
+    finder.visit(ast.parse(source))
     return finder.sites
 
 
-def marked_code(source: bytes, path: str) -> CodeType:
+def marked_code(source: bytes, path: str, errors: set[str] | None = None) -> CodeType:
     """The code of a module, with a mark at each place."""
-    finder = _Finder(module_name(Path(path)), error_classes(), mark=True)
+    finder = _Finder(module_name(Path(path)), errors or error_classes(), mark=True)
     tree = finder.visit(ast.parse(source))
     code: CodeType = compile(tree, path, "exec", dont_inherit=True)
     return code

@@ -105,5 +105,5 @@ def install(folder: str) -> None:
         sys.meta_path.insert(0, BlktrackFinder(folder))
 
 
-if folder := os.environ.get(VARIABLE):
+if __name__ == "sitecustomize" and (folder := os.environ.get(VARIABLE)):
     install(folder)
