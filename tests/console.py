@@ -24,7 +24,9 @@ _MARK = "\x1e"
 
 # What differs from run to run, in order. Whatever is left has to be the same.
 _VARIES = (
+    (r", [\d.]+ [KMG]?i?B zero\b", ""),  # whether what a file system changed is zero is up to it
     (r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b", "TIME"),
+    (r"\b[A-Z][a-z]{2} \d\d \d\d:\d\d\b", "TIME"),
     (r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "UUID"),
     (r"/dev/loop\d+", "/dev/loopN"),
     (r"/(?:var/)?tmp/[\w.-]*\.\w{6,}", "/TMP"),  # of mktemp
@@ -37,7 +39,10 @@ _VARIES = (
     (r"\s+", " "),
 )
 # Progress is told of what takes long, as anything may on a busy machine.
-_PROGRESS = re.compile(r"^[a-z]+: .* (to go|/s)$")
+_PROGRESS = re.compile(
+    r".*: (\d[\d:]*( s)? so far"
+    r"|[\d.]+ [KMGT]?i?B( of [\d.]+ [KMGT]?i?B)?(, .+/s)?(, \d[\d:]*( s)? to go)?)"
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def differences(results: list[Result]) -> Iterator[str]:
             yield f"line {command.line}: {command.text}: exit code {result.code}: {result.output}"
         if not command.shown:
             continue
-        got = [line for line in result.output if not _PROGRESS.match(line)]
+        got = [line for line in result.output if not _PROGRESS.fullmatch(line)]
         if command.text == "echo $?":
             wanted, found = list(command.output), got
         else:
