@@ -130,6 +130,7 @@ class LinkState:
     id: str
     name: str
     target: str  # "": streams, whose receiver is not known here
+    mount: str = ""  # of a replica file: where the file system is mounted that it is on
     cursor: Point | None = None  # the last point that the replica committed
     phase: str = ""  # "initial" or "resync" while one is under way
     filled: str = ""  # generation in which `shipping` was filled for that phase

@@ -6,6 +6,7 @@ of a swap.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from blktrack.ship.apply import ApplyStopped
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
 from blktrack.ship.room import room
+from blktrack.ship.target import mount_point
 from blktrack.state import DeviceState, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.link import LinkSets
@@ -84,6 +86,8 @@ def _bring(
     observer: Observer,
 ) -> tuple[Plan, Shipped]:
     known = _find_link(store, number, target)
+    if known is not None and not options.force:
+        _check_mount(known)
     with (
         Replica.open(
             target,
@@ -99,6 +103,7 @@ def _bring(
         # Read anew: whoever had it until now may have moved the cursor.
         link = _find_link(store, number, target)
         link = link or _new_link(store, number, target, replica)
+        link.mount = "" if replica.target.device else mount_point(replica.target.path)
         current = Replication(store, device, number, link, options, replica)
         try:
             return _ship(current, observer)
@@ -121,6 +126,15 @@ def _ship(current: Replication, observer: Observer) -> tuple[Plan, Shipped]:
 
 def _find_link(store: Store, number: str, target: str) -> LinkState | None:
     return next((link for link in store.links(number) if link.target == target), None)
+
+
+def _check_mount(link: LinkState) -> None:
+    """Where a backup disk is not mounted, a new replica would fill the file system below it."""
+    if link.mount and not os.path.ismount(link.mount) and not os.path.exists(link.target):
+        raise Refused(
+            f"{link.target} is gone, and nothing is mounted at {link.mount}, where it was",
+            hint="mount it; or give --force, and a new replica is made by a full copy",
+        )
 
 
 def _new_link(store: Store, number: str, target: str, replica: Replica) -> LinkState:

@@ -12,6 +12,7 @@ import pytest
 
 from blktrack.units import KIB, MIB
 from tests import sectors
+from tests.background import assert_clear
 from tests.blockdev import Lab, read_image, run, wait_until, write_direct
 from tests.test_oracle import fill
 from tests.test_sync import start
@@ -173,6 +174,30 @@ def interrupted(lab: Lab, pair: Pair, begun: Callable[[], bool]) -> None:
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)
     assert running.returncode == 130
+
+
+def test_a_replica_whose_disk_is_not_mounted_is_not_made_anew(shared: Lab) -> None:
+    """Not without --force: it would fill the file system below the mount point."""
+    source, disk = shared.loop(SIZE), shared.loop(3 * SIZE)
+    run("mkfs.ext4", "-q", disk)
+    fill(source)
+    shared.track(source)
+    with shared.mounted(disk) as point:
+        replica = point / "replica"
+        assert shared.sync(source, replica).mode == "initial"
+    says = f"{replica} is gone, and nothing is mounted at {point}"
+    for words in ((), ("--full",)):
+        done = shared.blktrack("sync", source, replica, *words, "--quiet")
+        assert_clear(done, 1, says, "mount it")
+    assert not list(point.iterdir())
+    run("mount", disk, point)
+    try:
+        assert shared.sync(source, replica).mode == "nothing"
+    finally:
+        run("umount", point)
+    done = shared.blktrack("sync", source, replica, "--force", "--json")
+    assert done.json["mode"] == "initial"
+    assert shared.sync(source, replica).mode == "nothing"
 
 
 def test_a_replica_that_went_back_from_the_middle_of_an_increment(shared: Lab) -> None:

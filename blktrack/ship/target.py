@@ -69,6 +69,14 @@ class Target:
         return cls(name, path, None, False)
 
 
+def mount_point(path: str) -> str:
+    """Where the file system is mounted that a file is on, or would be."""
+    folder = os.path.dirname(path)
+    while not os.path.ismount(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
 def check(target: Target, source: BlockDevice, *, writable: bool = True) -> None:
     """Refused if the target is in use, is part of the source or cannot hold it."""
     if target.device is not None:
