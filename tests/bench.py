@@ -30,6 +30,7 @@ WAITING = {
     "start": "start HELD",
     "stop": "stop HELD",
 }
+SILENT = {"top"}  # a signal is the usual way to end it
 TELLS = {"sync", "send", "recv", "verify"}  # when a signal ends them, what was done so far
 
 

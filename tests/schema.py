@@ -213,3 +213,41 @@ OUTCOME = {
 }
 OUTCOME_FAILED = OUTCOME | {"exit": int, "error": str, "hint": str, "report": None}
 FLEET = {"links": [OUTCOME], "exit": 0, "duration_s": number}
+TOP_LINK = {
+    "target": str,
+    "name": str,
+    "state": "ready",
+    "reason": "",
+    **POINT,
+    "lag_s": number,
+    "rpo_s": None,
+    "lateness": "",
+    "pending_bytes": int,
+    "sync_rate": number,
+    "eta_s": number,
+}
+TOP_DEVICE = {
+    "device": str,
+    "size": int,
+    "granularity": int,
+    "state": "tracking",
+    "reason": "",
+    "generation": str,
+    "epoch": int,
+    "write_rate": number,
+    "writes_rate": number,
+    "dirty_rate": number,
+    "dirty_bytes": int,
+    "written_bytes": int,
+    "writes": int,
+    "losses": int,
+    "cost_ns": (number, None),
+    "heat": [number],
+    "links": [TOP_LINK],
+}
+TOP = {
+    "time": number,
+    "interval_s": number,
+    "programs_share": (number, None),
+    "devices": [TOP_DEVICE],
+}

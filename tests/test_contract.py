@@ -18,6 +18,7 @@ from blktrack.units import KIB
 from tests.background import TRACEBACK, Running
 from tests.bench import (
     DEVICE_STATE,
+    SILENT,
     SIZE,
     TELLS,
     WAITING,
@@ -49,6 +50,7 @@ recv      x  x  x  .  .  .  x  x
 verify    x  x  x  x  x  x  x  x
 start     x  x  x  x  .  .  x  x
 stop      x  x  x  x  .  .  x  x
+top       x  x  x  x  .  .  .  x
 history   x  x  x  x  .  .  .  .
 metrics   x  x  x  .  .  .  x  .
 config    x  x  x  .  .  .  .  x
@@ -98,6 +100,9 @@ WORDS = {
     ("start", 3): "start PLAIN",
     ("stop", 2): "stop --all",
     ("stop", 3): "stop PLAIN",
+    ("top", 0): "top DEVICE --once --interval 0.2",
+    ("top", 2): "top --interval never",
+    ("top", 3): "top PLAIN",
     ("history", 0): "history DEVICE",
     ("history", 2): "history DEVICE --last none",
     ("history", 3): "history PLAIN",
@@ -223,14 +228,14 @@ def unwritten(line: str) -> Case:
 
     def work(bench: Bench) -> Done:
         with open("/dev/full", "w", encoding="ascii") as full:
-            running = bench.begin(line, stdout=full.fileno())
+            running = bench.begin(line, {"PYTHONUNBUFFERED": ""}, stdout=full.fileno())
             done = running.end()
         return Done(done.code, "", done.err)
 
     return work
 
 
-for name in ("config", "install", "completion", "help"):
+for name in ("top", "config", "install", "completion", "help"):
     CASES[name, 1] = unwritten(WORDS[name, 0])
 CASES["metrics", 1] = unwritten("metrics")
 
@@ -271,7 +276,7 @@ def test_help_has_the_same_codes(command: str) -> None:
         code for name, code in marks() if name == command
     }
     # What every process does on a signal needs no words.
-    assert ("128+N" in documented) == (command in TELLS)
+    assert ("128+N" in documented) == (command in {*TELLS, *SILENT})
 
 
 @pytest.mark.parametrize(("command", "code"), marks(), ids=str)

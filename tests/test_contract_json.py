@@ -40,6 +40,7 @@ from tests.schema import (
     RUN_FAILED,
     SEND,
     SYNC,
+    TOP,
     TRACK,
     VERIFY,
     Schema,
@@ -70,7 +71,7 @@ PROMISED: list[tuple[Schema, str]] = [
 ]
 HAVE_JSON = {
     "doctor", "track", "status", "extents", "sync", "send", "recv", "verify", "config", "start",
-    "stop", "history",
+    "stop", "history", "top",
 }  # fmt: skip
 
 
@@ -150,6 +151,14 @@ def test_history(shared: Lab) -> None:
     assert shared.blktrack("sync", device, foreign).code == 1
     failed = HISTORY | {"runs": [RUN_FAILED]}
     fits(told(shared.blktrack("history", device, "--failed", "--json")), failed)
+
+
+def test_live_figures(shared: Lab) -> None:
+    device = filled(shared, SIZE)
+    shared.track(device)
+    assert shared.blktrack("sync", device, shared.name("replica")).code == 0
+    change(device, MIB)
+    fits(told(shared.blktrack("top", device, "--once", "--interval", "0.2", "--json")), TOP)
 
 
 def test_devices_and_links(shared: Lab) -> None:
