@@ -24,6 +24,7 @@ SIZE = 4 * MIB
     ("words", "says"),
     [
         (("sync", "/dev/a", "/b", "--limit", "0"), "'0' is less than 1 byte"),
+        (("--",), "a command is missing"),
         (("sync", "/dev/a", ""), "TARGET: it is empty; name a device or a file"),
         (("track", "DEVICE", "--granularity", "128M"), "granularity 128 MiB is more than 64 MiB"),
     ],

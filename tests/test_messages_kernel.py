@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 
 from blktrack.bpf import compile as bcc
 from blktrack.bpf import kernel, layout
-from blktrack.bpf.kernel import MAPS
+from blktrack.bpf.kernel import BY_KIND, MAPS, Detached
+from blktrack.bpf.view import View
 from blktrack.errors import BlktrackError, Refused
+from blktrack.tracker.generation import window_of
+from blktrack.tracker.tracker import find
 from blktrack.units import MIB
 from tests.background import UNSHARED, Running, assert_clear
 from tests.blockdev import TOP, Done, Lab
@@ -122,3 +126,28 @@ def test_a_kernel_that_writes_zram_by_the_page(
     with pytest.raises(Refused, match="can be written page by page") as caught:
         shared.track(device)
     assert "Linux 6.3" in caught.value.hint
+
+
+def test_pins_that_are_gone_under_a_live_view(lab: Lab) -> None:
+    """`top` and the figures read what is pinned, and hold nothing."""
+    device = lab.loop(SIZE)
+    lab.track(device)
+    state, found = find(lab.store, device)
+    window = window_of(found, state.size, state.granularity)
+    pins = next(lab.store.paths.pins.iterdir())
+    with contextlib.closing(View(lab.store.paths.pins)) as view:
+        view.refresh()
+        assert len(view.planes(state.slot, window.geometry)) == 2
+        (pins / f"slot_{state.slot}_a").unlink()
+        with pytest.raises(Detached, match="are no longer pinned"):
+            view.planes(state.slot, window.geometry)
+        (pins / f"link_{BY_KIND[window.kind][0]}").unlink()
+        view.refresh()
+        with pytest.raises(Detached, match=r"program .* is no longer pinned"):
+            view.programs(window.kind)
+        for name in MAPS:
+            (pins / name).unlink()
+        view.refresh()
+        with pytest.raises(Detached, match="the tracking maps are gone from"):
+            view.kernel.close()
+    assert lab.status(device)["state"] == "gap"

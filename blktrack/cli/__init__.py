@@ -153,8 +153,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     chosen = next((word for word in words if not word.startswith("-")), None)
     parser = _parser([chosen] if chosen in COMMANDS else [])
     args, left = parser.parse_known_args(words)
+    if not args.command and left in ([], ["--"]):  # whether it is left depends on Python
+        raise Misused("a command is missing", program=parser.prog)
     if left:
         args.parser_.refuse(left)
-    if not args.command:
-        raise Misused("a command is missing", program=parser.prog)
     return args

@@ -49,7 +49,7 @@ class _Collector:
             add_programs(self.out, kernel)
         except Detached:
             pass  # nothing is tracked, or each device says that it no longer is
-        except OSError as error:
+        except (BlktrackError, OSError) as error:
             self.warnings.append(f"without what the kernel knows: {error}")
         places = Places(policy)
         try:
