@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,16 @@ def test_a_source_that_holds_our_state(lab: Lab) -> None:
             assert done.code == 0
             assert f"lies on {device}: each sync makes changes of its own" in done.err
             assert lab.blktrack("track", device, "--quiet", env=env).err == ""
+            assert lab.blktrack("untrack", device, env=env).code == 0
+            # A device of the policy is tracked as needed.
+            state = next((point / "root/var/lib/blktrack/devices").iterdir())
+            shutil.rmtree(state)
+            policy = point / "root/etc/blktrack/blktrack.toml"
+            policy.parent.mkdir(parents=True)
+            target = lab.name("replica")
+            policy.write_text(f'[device.a]\npath = "{device}"\nreplica.b.target = "{target}"\n')
+            done = lab.blktrack("sync", "--all", env=env)
+            assert f"lies on {device}: each sync makes changes of its own" in done.err
         finally:
             lab.blktrack("untrack", device, env=env)
             pins = lab.store.paths.below(point / "root").pins

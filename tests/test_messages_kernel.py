@@ -102,6 +102,19 @@ def test_too_few_open_files_for_a_sync(shared: Lab) -> None:
     assert shared.sync(device, replica).mode == "nothing"
 
 
+def test_too_few_open_files_for_figures(shared: Lab) -> None:
+    """They are what there is, with a warning."""
+    shared.track(shared.loop(SIZE))
+    found = ""
+    for limit in range(6, 24):
+        done = Running(shared, "metrics", prefix=("prlimit", f"--nofile={limit}")).end()
+        assert done.code in (0, 1) and "Traceback" not in done.err, done.err
+        found += done.err
+        if "without what the kernel knows" in found:
+            break
+    assert "without what the kernel knows: cannot open what tracking has" in found
+
+
 def test_no_memory_for_the_maps_of_a_device(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> int:
         raise OSError(errno.ENOMEM, "bpf_map_create: Cannot allocate memory")

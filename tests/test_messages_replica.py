@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blktrack.errors import BlktrackError, Refused
+from blktrack.errors import BlktrackError, Interrupted, Refused
 from blktrack.options import Options
 from blktrack.point import Point
 from blktrack.send import send
@@ -23,6 +24,7 @@ from blktrack.ship.pack import Packer
 from blktrack.ship.stage import discard
 from blktrack.ship.target import Target
 from blktrack.units import MIB, SECTOR
+from blktrack.verify import verify
 from tests.background import UNSHARED, Running, assert_clear
 from tests.blockdev import Lab, Silent
 from tests.streams import LINK, Hosts
@@ -183,3 +185,18 @@ def test_a_stream_whose_tracking_begins_anew(shared: Lab) -> None:
     assert hosts.recv(file.getvalue()).code == 1
     hosts.carry()
     assert hosts.identical()
+
+
+def test_a_stop_before_what_waits_is_applied(shared: Lab) -> None:
+    device, replica = filled(shared, SIZE), shared.name("replica")
+    shared.track(device)
+    shared.sync(device, replica)
+    change(device, MIB)
+    died = shared.blktrack("sync", device, replica, env={"BLKTRACK_CRASH": "stage-sealed"})
+    assert died.code == -9
+    options = Options(signum=signal.SIGTERM)
+    options.stop.set()
+    with pytest.raises(Interrupted) as caught:
+        verify(shared.store, device, str(replica), options, Silent())
+    assert caught.value.exit_code == 128 + signal.SIGTERM and caught.value.hint
+    assert shared.blktrack("verify", device, replica).code == 0
