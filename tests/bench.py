@@ -132,6 +132,12 @@ def received(bench: Bench, delta: bytes, target: str, *words: str) -> Done:
         return bench.begin(line, bench.hosts.there, stdin.fileno()).end()
 
 
+def beside_progress(err: str) -> str:
+    """What else there is on standard error: a slow machine shows progress of anything."""
+    lines = err.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.endswith(" so far\n"))
+
+
 def carried(bench: Bench, *words: str) -> Done:
     """What is received of a delta, which is then committed."""
     delta, report = bench.hosts.sent()
