@@ -18,7 +18,7 @@ from blktrack.errors import UsageError
 from blktrack.schedule import Instance, cron, timer
 from blktrack.units import KIB
 from tests import sectors
-from tests.background import TRACEBACK
+from tests.background import TRACEBACK, assert_clear
 from tests.blockdev import TOP, Done, Lab, read_image, run, wait_until, write_direct
 from tests.fleets import SIZE, Fleet, children
 from tests.namespace import Namespace
@@ -138,6 +138,39 @@ def test_systemd_is_installed_and_taken_back(host: Installed) -> None:
 
 
 @on_host
+def test_an_etc_that_does_not_take_it(lab: Lab) -> None:
+    """The host's own schedule, with an /etc that is a copy and ours."""
+    etc = lab.name("etc")
+    etc.mkdir()
+    script = f"""
+        mount -t tmpfs none {etc}
+        cp -a /etc/. {etc}
+        mount --bind {etc} /etc
+        mkdir -p /etc/blktrack
+        rm -rf /etc/cron.d
+        echo ready
+        exec cat
+    """
+    host = Namespace(lab, script)
+    fleet = Fleet(lab)
+    fleet.add("one", path="/dev/blktrack-test-is-away")
+    fleet.write()
+    host.run("cp", fleet.policy, "/etc/blktrack/blktrack.toml")
+    install = ("env", "-u", "BLKTRACK_ROOT", sys.executable, "-m", "blktrack", "install", "cron")
+    assert_clear(host.run(*install), 1, f"this host has no {CRON}", "install it")
+    host.run("mkdir", CRON)
+    done = host.run(*install)
+    assert (done.code, done.out) == (0, f"{CRON}/blktrack: written\n")
+    assert "over a boot tracking goes on only with blktrack service install" in done.err
+    host.run("mount", "-o", "remount,bind,ro", "/etc")
+    assert_clear(host.run(*install, "--remove"), 1, "cannot remove", "Read-only file system")
+    host.run("mount", "-o", "remount,bind,rw", "/etc")
+    host.run("rm", f"{CRON}/blktrack")
+    host.run("mkdir", f"{CRON}/blktrack")
+    assert_clear(host.run(*install, "--remove"), 1, "cannot read", "Is a directory", "what it is")
+
+
+@on_host
 def test_both_at_once_are_refused(host: Installed) -> None:
     for one, other in (("cron", "systemd"), ("systemd", "cron")):
         assert host.install(one).code == 0
@@ -242,11 +275,14 @@ class Minutes:
 
     def __init__(self, fleet: Fleet, daemon: Cron) -> None:
         self.fleet, self.daemon = fleet, daemon
-        self._note = fleet.lab.store.paths.run / "all.json"
+        self._note = fleet.lab.store.paths.run / "all/one.near.lock"
         self._last = self._begun()
 
     def _begun(self) -> float:
-        return float(json.loads(self._note.read_text())["time"]) if self._note.exists() else 0.0
+        try:
+            return float(json.loads(self._note.read_text())["time"])
+        except (FileNotFoundError, ValueError):  # it may just be written
+            return 0.0
 
     def next_run(self) -> list[str]:
         """All mails there are after the next run has ended."""

@@ -52,7 +52,7 @@ class Meter:
         self.warnings: list[str] = []
         self._clock = clock
         self._name, self._count, self._total = "", 0, 0
-        self._begun = clock()
+        self.born = self._begun = clock()
         self._samples: deque[tuple[float, int]] = deque()
 
     def phase(self, name: str, total: int) -> None:

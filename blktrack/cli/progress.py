@@ -35,9 +35,10 @@ class Screen:
         self, meters: Sequence[Meter], *, quiet: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.gate = threading.Lock()
-        self._meters = meters
+        self._meters: list[Meter] = []
+        self._warnings: list[str] = []
         for meter in meters:
-            meter.gate = self.gate
+            self.add(meter)
         self._quiet = quiet
         self._clock = clock
         self._begun = clock()
@@ -47,6 +48,23 @@ class Screen:
         self._told: dict[Meter, tuple[str, float]] = {}  # phase and time of its last line
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def add(self, meter: Meter) -> None:
+        """From now on."""
+        meter.gate = self.gate
+        self._meters.append(meter)
+
+    def drop(self, meter: Meter) -> None:
+        """What it measured has ended."""
+        self._meters.remove(meter)
+        self._told.pop(meter, None)
+        task = self._tasks.pop(meter, None)
+        if task is not None and self._progress is not None:
+            self._progress.remove_task(task)
+
+    def warn(self, message: str) -> None:
+        """Print it as soon as anything may be written."""
+        self._warnings.append(message)
 
     def start(self) -> None:
         if not self._quiet:
@@ -78,7 +96,7 @@ class Screen:
 
     def _tell(self, meter: Meter, reading: Reading) -> None:
         now = self._clock()
-        phase, last = self._told.get(meter, ("", self._begun))
+        phase, last = self._told.get(meter, ("", meter.born))
         new = phase not in ("", reading.phase) and reading.elapsed >= _TELL_AFTER
         if new or now - last >= _LINE_EVERY:
             self._told[meter] = reading.phase, now
@@ -120,10 +138,10 @@ class Screen:
 
     def _print_warnings(self) -> None:
         """To be called with the gate held."""
-        for meter in self._meters:
-            while meter.warnings:
+        for warnings in (self._warnings, *(meter.warnings for meter in self._meters)):
+            while warnings:
                 self._clear()
-                message = meter.warnings.pop(0)
+                message = warnings.pop(0)
                 with contextlib.suppress(OSError):
                     print(f"blktrack: warning: {message}", file=sys.stderr, flush=True)
 
