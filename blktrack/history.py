@@ -98,7 +98,7 @@ def recorded(
 
     link, target -- one of them, by which the command knows its link.
     keep -- seconds for which runs of this device are kept.
-    warn -- is told if it cannot be recorded: that fails nothing.
+    warn -- is told if a run that went well cannot be recorded: that fails nothing.
     """
     run = Run(command, link, target, begun=time.time(), duration_s=0.0, exit=0, error="")
     begun = time.monotonic()
@@ -119,7 +119,10 @@ def recorded(
         try:
             _append(store, device, run, keep)
         except (BlktrackError, OSError) as error:
-            warn(f"this run is missing in the history: {error}")
+            if (
+                not run.exit
+            ):  # one that failed has an error to tell, of the same cause as like as not
+                warn(f"this run is missing in the history: {error}")
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
