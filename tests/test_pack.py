@@ -14,7 +14,7 @@ from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import EndError, FileEnd
 from blktrack.ship.pack import ZERO, Index, Packer, Unpacker, fault, resolve
 from blktrack.units import KIB, MIB
-from tests.test_copy import image, random_extents
+from tests.copies import image, random_extents
 
 SIZE = 16 * MIB
 

@@ -33,10 +33,10 @@ from blktrack.ship.stage import Stage, is_left
 from blktrack.sysfs import BlockDevice
 from blktrack.units import KIB, MIB
 from tests.blockdev import flush, told
+from tests.copies import content, image, patched, random_extents, whole
 from tests.crash_points import crash_points
 from tests.loopdev import Disks, disks_in_memory
 from tests.stager import LINK, TOP, Order, Stager, bring, open_replica, point
-from tests.test_copy import content, image, patched, random_extents, whole
 
 pytestmark = pytest.mark.needs("root", "loop")
 
