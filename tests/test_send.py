@@ -24,9 +24,9 @@ from blktrack.tracker.tracker import find
 from blktrack.units import KIB, MIB
 from tests.blockdev import TOP, Done, Lab, read_image, resize, run, told, wait_until, write_direct
 from tests.chains import CHAIN, judge
+from tests.increments import FILES, ON_THE_WAY
 from tests.streams import LINK, Hosts
 from tests.test_points import CHAINS, PACES, Swaps, swaps, writers
-from tests.test_stage import FILES, ON_THE_WAY
 
 __all__ = ["swaps"]  # a fixture
 
