@@ -1,195 +1,28 @@
-"""Generations, epochs and pending sets: what ends one, what outlives what, what is told of it."""
+"""What ends a generation, what does not, and how a gap is told and closed."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from blktrack import bitmap
 from blktrack.bpf import abi, kernel, libbpf
-from blktrack.bpf.planes import Geometry, Planes, possible_cpus
-from blktrack.errors import BlktrackError
-from blktrack.state import Store
-from blktrack.tracker import account, status
+from blktrack.bpf.planes import Geometry, possible_cpus
+from blktrack.tracker import account
 from blktrack.tracker.tracking import Gap
-from blktrack.units import GIB, KIB, MIB, SECTOR
+from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
-from tests.blockdev import (
-    TOP,
-    Lab,
-    Watch,
-    detach,
-    pairs,
-    read_image,
-    run,
-    told,
-    wait_until,
-    write_direct,
-)
+from tests.blockdev import TOP, Lab, detach, pairs, read_image, run
 from tests.test_oracle import fill
-from tests.test_retired import load
+from tests.tracked import write
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
-
-# What design promises of each; there may be more.
-DEVICE_KEYS = {
-    "device",
-    "size",
-    "granularity",
-    "state",
-    "reason",
-    "generation",
-    "epoch",
-    "dirty_bytes",
-    "written_bytes",
-    "writes",
-    "losses",
-    "links",
-}
-LINK_KEYS = {
-    "target",
-    "name",
-    "epoch",
-    "point",
-    "consistency",
-    "lag_s",
-    "pending_bytes",
-    "state",
-}
-EXTENTS_KEYS = {"device", "granularity", "generation", "epoch", "bytes", "extents"}
-
-
-def write(path: str, offset: int, length: int = 4 * KIB, number: int = 1) -> None:
-    write_direct(path, offset, sectors.make(offset, length, number))
-
-
-def test_a_second_track_changes_nothing(shared: Lab) -> None:
-    device = shared.loop(16 * MIB)
-    first = shared.blktrack("track", device, "--json").json
-    assert first["began"]
-    write(device, MIB)
-    before = shared.status(device)
-    second = shared.blktrack("track", device, "--json").json
-    assert second == first | {"began": False}
-    assert shared.blktrack("track", device, "--granularity", "4K").code == 0
-    assert shared.status(device) == before
-    assert shared.blktrack("extents", device, "--json").json["extents"] == [[MIB, 4 * KIB]]
-
-
-def test_another_granularity_is_refused(shared: Lab) -> None:
-    device = shared.loop(16 * MIB)
-    watch = shared.track(device)
-    done = shared.blktrack("track", device, "--granularity", "64K")
-    assert done.code == 1
-    assert "4 KiB" in done.err
-    assert "untrack it first" in done.err
-    write(device, MIB)
-    assert pairs(watch.take()) == [(MIB, 4 * KIB)]
-
-
-def test_untracking_ends_the_generation(lab: Lab) -> None:
-    device, replica = lab.loop(16 * MIB), lab.name("replica")
-    first = lab.blktrack("track", device, "--json").json["generation"]
-    lab.sync(device, replica)
-    assert lab.blktrack("untrack", device).code == 0
-    assert not lab.store.paths.pins.exists(), "nothing stays in the kernel"
-    for words in (["extents", device], ["sync", device, str(replica)]):
-        assert (lab.blktrack(*words).code, words) == (3, words)
-    write(device, MIB)  # unseen
-    second = lab.blktrack("track", device, "--json").json
-    assert second["began"]
-    assert second["generation"] != first
-    (link,) = lab.status(device)["links"]
-    assert (link["state"], link["reason"]) == ("resync", "it was untracked")
-    assert lab.blktrack("sync", device, replica, "--no-resync").code == 3
-    assert lab.sync(device, replica).mode == "resync"
-    assert not sectors.faults(read_image(device), read_image(replica))
-
-
-def test_json_has_the_promised_keys(shared: Lab) -> None:
-    device, replica = shared.loop(16 * MIB), shared.name("replica")
-    shared.track(device)
-    shared.sync(device, replica)
-    write(device, MIB, 8 * KIB)
-    write(device, 3 * MIB)
-    (found,) = shared.blktrack("status", device, "--json").json["devices"]
-    assert set(found) >= DEVICE_KEYS
-    assert (found["device"], found["size"], found["granularity"]) == (device, 16 * MIB, 4 * KIB)
-    assert (found["state"], found["reason"], found["losses"]) == ("tracking", "", 0)
-    assert (found["dirty_bytes"], found["written_bytes"], found["writes"]) == (12288, 12288, 2)
-    (link,) = found["links"]
-    assert set(link) >= LINK_KEYS
-    assert (link["target"], link["name"]) == (str(replica), replica.name)
-    assert (link["state"], link["pending_bytes"]) == ("ready", 12 * KIB)
-    assert link["consistency"] == "crash"
-    assert 0 < link["lag_s"] < 600
-    for words in ([], ["--target", str(replica)], ["--target", replica.name]):
-        listed = shared.blktrack("extents", device, "--json", *words).json
-        assert set(listed) >= EXTENTS_KEYS
-        assert listed["generation"] == found["generation"]
-        assert listed["epoch"] == found["epoch"]
-        assert listed["extents"] == [[MIB, 8 * KIB], [3 * MIB, 4 * KIB]]
-        assert listed["bytes"] == 12 * KIB
-
-
-def test_status_without_devices(lab: Lab) -> None:
-    assert lab.blktrack("status", "--json").json == {"devices": [], "replicas": []}
-
-
-def test_links_have_their_own_pending_sets(shared: Lab) -> None:
-    device = shared.loop(16 * MIB)
-    one = shared.track(device)
-    other = Watch(shared.store, device, "other")
-    write(device, MIB)
-    assert pairs(one.take()) == [(MIB, 4 * KIB)]
-    write(device, 2 * MIB)
-    assert pairs(one.take()) == [(2 * MIB, 4 * KIB)]
-    assert pairs(other.take()) == [(MIB, 4 * KIB), (2 * MIB, 4 * KIB)]
-    assert pairs(one.take()) == pairs(other.take()) == []
-
-
-def test_instances_do_not_meet(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sees every change, and ending one leaves the other alone."""
-    device = lab.loop(16 * MIB)
-    watch = lab.track(device)
-    with monkeypatch.context() as patch:
-        patch.setenv("BLKTRACK_ROOT", str(lab.folder / "second"))
-        second = Lab(lab.folder / "second", lab.stack)
-        lab.stack.callback(kernel.remove, second.store.paths.pins)
-        other = second.track(device)
-        write(device, MIB)
-        assert pairs(other.take()) == [(MIB, 4 * KIB)]
-        second.untrack(device)
-    write(device, 3 * MIB)
-    assert pairs(watch.take()) == [(MIB, 4 * KIB), (3 * MIB, 4 * KIB)]
-
-
-def test_sixty_four_devices_and_no_more(lab: Lab) -> None:
-    disk = lab.loop(65 * MIB)
-    parts = [lab.partition(disk, n + 1, n * MIB, MIB) for n in range(abi.SLOTS + 1)]
-    watches = [lab.track(part) for part in parts[:-1]]
-    with pytest.raises(BlktrackError, match="64 devices are tracked already") as refusal:
-        lab.track(parts[-1])
-    assert "untrack" in refusal.value.hint
-    write(disk, MIB - 8 * KIB, 16 * KIB)
-    write(disk, 63 * MIB, 2 * MIB)
-    found = [pairs(watch.take()) for watch in watches]
-    assert found[0] == [(MIB - 8 * KIB, 8 * KIB)]
-    assert found[1] == [(0, 8 * KIB)]
-    assert not any(found[2:63])
-    assert found[63] == [(0, MIB)]
-    lab.untrack(parts[5])
-    lab.track(parts[-1])
 
 
 class Target:
@@ -394,133 +227,6 @@ def test_a_counted_loss_ends_the_generation(shared: Lab, counter: str, reason: s
     with pytest.raises(Gap, match=reason):
         watch.take()
     assert len(shared.status(device)["doubts"]) == 1
-
-
-class Death(Exception):
-    """Stands for SIGKILL: nothing that follows is done."""
-
-
-# Where a drain may be interrupted, by the call that is never returned from or never begun.
-DEATHS = {
-    "before the swap is announced": (Store, "save_epoch", 0, True),
-    "before the swap": (kernel.Kernel, "swap", 0, True),
-    "after the swap": (kernel.Kernel, "swap", 0, False),
-    "before the first merge": (Planes, "merge_into", 0, True),
-    "after the first merge": (Planes, "merge_into", 0, False),
-    "after the second merge": (Planes, "merge_into", 1, False),
-    "before the clearing": (Planes, "clear", 0, True),
-    "after the clearing": (Planes, "clear", 0, False),
-    "before the epoch is saved": (Store, "save_epoch", 1, True),
-    "after the epoch is saved": (Store, "save_epoch", 1, False),
-}
-
-
-@pytest.mark.parametrize("death", DEATHS)
-def test_a_drain_that_died_loses_nothing(
-    shared: Lab, monkeypatch: pytest.MonkeyPatch, death: str
-) -> None:
-    owner, name, number, before = DEATHS[death]
-    device = shared.loop(16 * MIB)
-    one = shared.track(device)
-    other = Watch(shared.store, device, "other")
-    call, calls = getattr(owner, name), iter(range(100))
-
-    def dying(*args: Any) -> Any:
-        dies = next(calls) == number
-        if dies and before:
-            raise Death
-        result = call(*args)
-        if dies:
-            raise Death
-        return result
-
-    write(device, MIB)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        with pytest.raises(Death):
-            one.drain()
-    write(device, 2 * MIB)
-    listed = status.extents(shared.store, device, None)
-    assert {(2 * MIB, 4 * KIB)} <= set(pairs(listed.extents))
-    expected = [(MIB, 4 * KIB), (2 * MIB, 4 * KIB)]
-    assert pairs(one.take()) == expected
-    assert pairs(other.take()) == expected
-    assert pairs(one.take()) == pairs(other.take()) == []
-
-
-def test_a_half_cleared_map_marks_nothing_wrong(
-    shared: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run of full words is noted above them; clearing that was cut short must not forget it."""
-    device = shared.loop(64 * MIB)
-    watch = shared.track(device)
-    run("blkdiscard", "--offset", str(MIB), "--length", str(40 * MIB), device)
-    clear = Planes.clear
-
-    def half(planes: Planes, found: list[bitmap.Indices]) -> None:
-        clear(planes, [words[: len(words) // 2] for words in found])
-        raise Death
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Planes, "clear", half)
-        with pytest.raises(Death):
-            watch.drain()
-    assert pairs(watch.take()) == [(MIB, 40 * MIB)]
-    assert pairs(watch.take()) == []
-
-
-def test_killed_commands_lose_nothing(shared: Lab, seed: int) -> None:
-    """SIGKILL at random instants of track, sync and status, while the device is written."""
-    killed(shared, random.Random(seed), 15)
-
-
-@pytest.mark.soak
-def test_many_killed_commands_lose_nothing(shared: Lab, seed: int) -> None:
-    killed(shared, random.Random(seed), 1000)
-
-
-def killed(lab: Lab, rng: random.Random, rounds: int) -> None:
-    device, replica = lab.loop(32 * MIB), lab.name("replica")
-    fill(device)
-    lab.track(device)
-    lab.sync(device, replica)
-    ended = 0
-    for number in range(1, rounds + 1):
-        for _ in range(8):
-            offset = rng.randrange(32 * MIB // (4 * KIB)) * 4 * KIB
-            write(device, offset, 4 * KIB, number)
-        words = rng.choice([["sync", device, str(replica)]] * 3 + [["status"], ["track", device]])
-        process = subprocess.Popen(
-            [sys.executable, "-m", "blktrack", *words],
-            cwd=TOP,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            _, errors = process.communicate(timeout=rng.uniform(0.02, 0.5))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        else:
-            ended += 1
-            assert process.returncode == 0, errors
-    last = lab.sync(device, replica)
-    assert last.mode in ("incremental", "nothing"), last.reason
-    found = sectors.faults(read_image(device), read_image(replica))
-    assert not found, sectors.describe(found)
-    told(f"{rounds - ended} of {rounds} commands killed in the middle, nothing lost or resynced")
-
-
-@pytest.mark.needs("fio")
-def test_status_reads_maps_in_use(shared: Lab) -> None:
-    """Many words, set while they are scanned. Discards take no memory."""
-    device = shared.loop(64 * GIB)
-    shared.track(device, 4 * KIB)
-    with load(device, "--rw=randtrim", "--norandommap", "--time_based", "--runtime=1h"):
-        wait_until(lambda: shared.status(device)["writes"] > 1000, "the load")
-        for _ in range(60):
-            shared.status(device)
 
 
 def test_a_device_in_the_place_of_another(shared: Lab) -> None:
