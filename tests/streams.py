@@ -9,17 +9,21 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from blktrack import send
 from blktrack.config import Paths
 from blktrack.options import Options
 from blktrack.report import RecvReport, ReplicaStatus, SendReport
 from blktrack.ship.receive import receive
 from blktrack.ship.tell import replica_status
+from blktrack.units import MIB
 from tests import sectors
 from tests.blockdev import TOP, Done, Lab, Silent, read_image, write_direct
 from tests.test_oracle import fill
 
 LINK = "far"
+SIZE = 16 * MIB
 
 
 class Hosts:
@@ -130,3 +134,11 @@ def command(
         timeout=120,
         env={**os.environ, **env},
     )
+
+
+@pytest.fixture
+def hosts(shared: Lab) -> Hosts:
+    """With a replica in step."""
+    made = Hosts(shared, SIZE)
+    assert made.carry().mode == "initial"
+    return made
