@@ -9,8 +9,8 @@ import pytest
 
 from blktrack.ship.delta import DeltaError, DeltaReader
 from tests import deltas, second_reader
+from tests.delta_examples import WORDS, Operation, Trickle, frames_of, perform, written
 from tests.second_reader import DATA, DISCARD, INVALID, NEWER, ZERO
-from tests.test_delta import WORDS, Operation, Trickle, frames_of, perform, written
 
 BASES = 40  # valid streams that mutations begin from
 REST = b"and something else"

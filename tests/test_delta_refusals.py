@@ -23,8 +23,8 @@ from blktrack.ship.delta import (
 )
 from blktrack.units import MIB
 from tests import deltas, second_reader
+from tests.delta_examples import HEADER, POINT, ROOT, WORDS, written
 from tests.second_reader import DATA, DISCARD, ZERO
-from tests.test_delta import HEADER, POINT, ROOT, WORDS, written
 
 
 def refusal(stream: bytes) -> DeltaError:
@@ -244,9 +244,9 @@ def test_keys_that_are_not_known_are_ignored() -> None:
 BOUND = 48 * MIB  # of address space, above what an idle process has; numpy and threads take some
 
 CHILD = f"""
-import gc, io, itertools, resource, sys
+import gc, io, itertools, random, resource, sys
 from tests import deltas, second_reader
-from tests.test_delta import *
+from tests.delta_examples import *
 from tests.test_delta_refusals import *
 
 def used():
