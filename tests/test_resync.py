@@ -230,3 +230,22 @@ def test_a_replica_that_went_back_from_the_middle_of_a_resync(shared: Lab) -> No
     pair.restore()
     shared.sync(pair.source, pair.file)
     assert not sectors.faults(read_image(pair.source), read_image(pair.file))
+
+
+def test_a_resync_that_has_not_ended_leaves_no_point(shared: Lab) -> None:
+    """Whoever needs the data back must not be told of a point that the bytes have left."""
+    pair = Pair(shared)
+    for number in range(0, 32, 4):
+        pair.change(number * MIB, number + 1)
+    pair.write_file()
+    before = read_image(pair.file)
+    interrupted(shared, pair, lambda: bool((read_image(pair.file) != before).any()))
+    told = [shared.status(pair.source)["links"]]
+    top = shared.blktrack("top", "--once", "--json", "--interval", "0.1").json
+    told += [found["links"] for found in top["devices"] if found["device"] == str(pair.source)]
+    assert len(told) == 2
+    for links in told:
+        points = {link["target"]: (link["state"], link["point"] is None) for link in links}
+        assert points == {str(pair.file): ("resync", True), str(pair.device): ("ready", False)}
+    shared.sync(pair.source, pair.file)
+    assert all(link["point"] for link in shared.status(pair.source)["links"])

@@ -15,16 +15,19 @@ class LiveLinks:
     def __init__(self, store: Store) -> None:
         self._store = store
         # By link: as it was then, when, and what had happened to its replica.
-        self._looked: dict[str, tuple[LinkState, float, tuple[str, str]]] = {}
+        self._looked: dict[str, tuple[LinkState, float, tuple[str, str, bool]]] = {}
 
     def look(self, state: DeviceState, link: LinkState, pending: dict[str, int] | None) -> TopLink:
         """pending -- bytes to ship by link, those not in it have to ship everything; None: nobody
         knows."""
         cursor, reason = link.cursor, resync_reason(state, link)
         state_of = "initial" if cursor is None else "resync" if reason else "ready"
-        if state_of == "ready":
-            state_of, reason = self._replica(link)
-        point = None if state_of == "unfinished" else cursor
+        point = cursor
+        if cursor is not None:
+            seen, why, at_point = self._replica(link)
+            point = cursor if at_point else None
+            if state_of == "ready":
+                state_of, reason = seen, why
         return TopLink(
             target=link.target,
             name=link.name,
@@ -41,7 +44,7 @@ class LiveLinks:
             eta_s=None,
         )
 
-    def _replica(self, link: LinkState) -> tuple[str, str]:
+    def _replica(self, link: LinkState) -> tuple[str, str, bool]:
         assert link.cursor
         now = time.monotonic()
         if (
@@ -53,6 +56,6 @@ class LiveLinks:
         try:
             found = of_replica(self._store, link, link.cursor)
         except OSError as error:  # it went away while it was looked at
-            found = ("resync", str(error))
+            found = ("resync", str(error), True)
         self._looked[link.id] = (link, now, found)
         return found

@@ -118,9 +118,12 @@ def _link_status(
     cursor = link.cursor
     reason = resync_reason(state, link)
     state_of = "initial" if cursor is None else "resync" if reason else "ready"
-    if state_of == "ready" and cursor is not None:
-        state_of, reason = of_replica(store, link, cursor)
-    point = None if state_of == "unfinished" else cursor
+    point = cursor
+    if cursor is not None:
+        seen, why, at_point = of_replica(store, link, cursor)
+        point = cursor if at_point else None
+        if state_of == "ready":
+            state_of, reason = seen, why
     pending = None
     if tracking is not None and live is not None:
         found = _pending(tracking, link, live)
@@ -139,22 +142,23 @@ def _link_status(
     )
 
 
-def of_replica(store: Store, link: LinkState, cursor: Point) -> tuple[str, str]:
-    """State of a replica that was at `cursor`, and what seems to have happened to it since. Of
-    streams nobody knows."""
+def of_replica(store: Store, link: LinkState, cursor: Point) -> tuple[str, str, bool]:
+    """State of a replica that was at `cursor`, what seems to have happened to it since, and False
+    where a copy that has not ended took it from its point. Of streams nobody knows."""
     if not link.target:
-        return "ready", ""
+        return "ready", "", True
     try:
         record, change = inspect(link.target, store.paths)
     except BlktrackError as error:
-        return "resync", str(error)
+        return "resync", str(error), True
+    at_point = record is None or record.state is State.READY
     if change:
-        return "resync", f"the replica is not as it was left: {change}"
+        return "resync", f"the replica is not as it was left: {change}", at_point
     if record is None or record.lacks(cursor):
-        return "resync", "the replica is not at the point that it was brought to"
+        return "resync", "the replica is not at the point that it was brought to", at_point
     if record.state is State.APPLYING:
-        return "unfinished", "an increment is half in it: the next sync goes on with that"
-    return "ready", ""
+        return "unfinished", "an increment is half in it: the next sync goes on with that", False
+    return "ready", "", at_point
 
 
 def resync_reason(state: DeviceState, link: LinkState) -> str:
