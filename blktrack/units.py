@@ -10,6 +10,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 SECTOR = 512  # the kernel's unit in every block-layer event, whatever the device's block size
+GRANULARITY_MOST = 64 * MIB  # bytes per dirty bit
 
 _SUFFIXES = "KMGTPE"
 _SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?\s*([KMGTPE]?)(?:i?B)?", re.IGNORECASE | re.ASCII)

@@ -131,6 +131,7 @@ REPLICA = '[device.a.replica.r]\ntarget = "/b"\n'
         ("devices = 1", "devices", "is not a known key", "did you mean device?"),
         ("device = 1", "device", "is not a table", "write [device]"),
         ("[device]\na = 1", "device.a", "is not a table", "[device.a]"),
+        ('[device]\npath = "/dev/a"', "device.path", "is not a table", "under [device.NAME]"),
         ("[defaults]\nrop = 1", "defaults.rop", "is not a known key", "did you mean rpo?"),
         ("[defaults]\nrpo_error = 1", "defaults.rpo_error", "not a known key", "rpo-error?"),
         ("[defaults]\nqqq = 1", "defaults.qqq", "is not a known key", "known: consistency"),
@@ -145,6 +146,9 @@ REPLICA = '[device.a.replica.r]\ntarget = "/b"\n'
         (DEVICE + REPLICA + "limit = true", "device.a.replica.r.limit", "true", "a size"),
         (DEVICE + REPLICA + 'limit = "fast"', "device.a.replica.r.limit", "'fast'", "64K"),
         (DEVICE + 'granularity = "x"\n' + REPLICA, "device.a.granularity", "'x'", "64K"),
+        (DEVICE + 'granularity = "3K"\n' + REPLICA, "device.a.granularity", "'3K'", "power of two"),
+        (DEVICE + "granularity = 256\n" + REPLICA, "device.a.granularity", "256", "from 512"),
+        (DEVICE + 'granularity = "1G"\n' + REPLICA, "device.a.granularity", "'1G'", "to 64 MiB"),
         ("[defaults]\nenabled = 1", "defaults.enabled", "1 is not", "true or false"),
         ("[defaults]\nrpo = 0", "defaults.rpo", "0 is not", "more than 0"),
         ("[defaults]\nrpo = inf", "defaults.rpo", "inf is not", "more than 0"),
@@ -458,3 +462,11 @@ def test_status_tells_what_is_late(lab: Lab) -> None:
     assert done.json["devices"][0]["links"][0]["lateness"] == ""
     assert "warning" in done.err
     assert str(policy) in done.err
+
+
+def test_a_policy_that_names_no_device_is_warned_of(tmp_path: Path) -> None:
+    policy, problems = read(written(tmp_path, "[defaults]\n"))
+    assert problems == []
+    assert [(found.message, "[device.NAME]" in found.hint) for found in check(policy)] == [
+        ("names no device", True)
+    ]

@@ -23,6 +23,8 @@ _STABLE = ("by-id", "by-partuuid", "by-uuid", "by-path")  # folders of /dev/disk
 
 def check(policy: Policy) -> list[Problem]:
     """Problems that are no fault of the file by itself."""
+    if not policy.devices:
+        return [Problem("", "names no device", "add [device.NAME] with a path and a replica")]
     return [*_same(policy), *(found for entry in policy.devices for found in _device(entry))]
 
 

@@ -38,8 +38,9 @@ LINK_KEYS: dict[str, Callable[[Any], Any]] = {
     "rpo-error": values.duration,
 }
 DEFAULT_KEYS = LINK_KEYS | {"history": values.duration, "jobs": values.jobs}
-DEVICE_KEYS = LINK_KEYS | {"path": values.device_path, "granularity": values.size}
+DEVICE_KEYS = LINK_KEYS | {"path": values.device_path, "granularity": values.granularity}
 REPLICA_KEYS = LINK_KEYS | {"target": values.target}
+KEYS = DEFAULT_KEYS | DEVICE_KEYS | REPLICA_KEYS
 
 # Keys whose value a LinkPolicy has under the same name.
 _AS_THEY_ARE = (
@@ -183,7 +184,10 @@ class _Reader:
         if isinstance(value, dict):
             return value
         key = f"{above}.{name}" if above else name
-        self._problem(key, "is not a table", f"write [{key}] on a line of its own")
+        hint = f"write [{key}] on a line of its own"
+        if name in KEYS and above:
+            hint = f"put it under [{above}.NAME], with a name of yours"
+        self._problem(key, "is not a table", hint)
         return {}
 
     def _tables(self, name: str, raw: Values, above: str = "") -> Iterator[tuple[str, Values]]:

@@ -11,7 +11,7 @@ from typing import Any
 from blktrack.errors import UsageError
 from blktrack.quiesce.freeze import CAP_MOST
 from blktrack.rates import DAY_MINUTES, DAYS, Rates, Window
-from blktrack.units import parse_duration, parse_size
+from blktrack.units import GRANULARITY_MOST, SECTOR, parse_duration, parse_size
 
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})", re.ASCII)
 _JOBS_MOST = 64
@@ -34,6 +34,14 @@ def size(value: Any) -> int:
         raise ValueError(error.hint) from error
     if count < 1:
         raise ValueError("it must be at least 1 byte")
+    return count
+
+
+def granularity(value: Any) -> int:
+    """What every device takes; one with larger blocks refuses it when tracking begins."""
+    count = size(value)
+    if count & (count - 1) or not SECTOR <= count <= GRANULARITY_MOST:
+        raise ValueError('write a power of two from 512 bytes to 64 MiB, such as "64K"')
     return count
 
 

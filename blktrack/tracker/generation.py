@@ -24,7 +24,7 @@ from blktrack.observer import NOBODY, Observer
 from blktrack.state import DeviceState, Doubt, Epoch, Store
 from blktrack.sysfs import BlockDevice, boot_id, memory_available
 from blktrack.tracker import account
-from blktrack.units import KIB, MIB, format_size
+from blktrack.units import GRANULARITY_MOST, KIB, MIB, format_size
 
 MAP_BUDGET = 32 * MIB  # kernel memory for the dirty maps of one device, by default
 _DRAIN_SECONDS = 30.0
@@ -52,7 +52,7 @@ def check_granularity(granularity: int, device: BlockDevice) -> None:
             f"granularity {format_size(granularity)} does not suit {device.path}",
             hint=f"use a power of two of at least {device.block_size} bytes",
         )
-    if granularity > 64 * MIB:
+    if granularity > GRANULARITY_MOST:
         raise UsageError(
             f"granularity {format_size(granularity)} is more than 64 MiB", hint="use a smaller one"
         )
