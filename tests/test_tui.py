@@ -63,6 +63,14 @@ def test_no_line_is_wider_than_the_terminal(seed: int, width: int, shapes: Glyph
         assert cell_len(text_of(line)) <= width
 
 
+@pytest.mark.parametrize("shapes", [UNICODE, ASCII], ids=["unicode", "ascii"])
+def test_the_help_page_loses_nothing_at_80_columns(shapes: Glyphs) -> None:
+    narrow, wide = (
+        [text_of(line).rstrip() for line in help.page(width, 30, shapes)] for width in (80, 200)
+    )
+    assert narrow == wide
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_figures_stand_below_their_headings(width: int) -> None:
     lines = drawn(usual(), width)

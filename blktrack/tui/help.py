@@ -20,7 +20,7 @@ _FIGURES = (
     ("LAG, RPO", "age of the replica's point, and what the policy promises"),
     ("TO GO, ETA", "what the next sync ships, and its time at the rate of the last"),
     ("LOST", "marks that were lost: the next sync is a resync"),
-    ("COST", "of both programs for one change; - where the kernel does not time them"),
+    ("COST", "of both programs for one change; - where it is not timed"),
 )
 
 
