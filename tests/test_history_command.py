@@ -124,7 +124,8 @@ def test_a_damaged_history(shared: Lab) -> None:
 @pytest.mark.parametrize("count", ["0", "-1", "x", "9" * 5000])
 def test_wrong_count(shared: Lab, count: str) -> None:
     done = shared.blktrack("history", "/dev/null", f"--last={count}")
-    told = "blktrack history: --last: is not a number of runs\n  -> see blktrack history --help\n"
+    told = f"blktrack history: --last: {count[:20]!r} is not a number of runs"
+    told += "\n  -> see blktrack history --help\n"
     assert (done.code, done.out, done.err) == (2, "", told)
 
 

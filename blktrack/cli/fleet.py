@@ -110,7 +110,8 @@ def _mail(report: FleetReport, troubled: set[str]) -> Iterable[str]:
     bad = [found for found in report.links if found.target in troubled]
     good = [found.name for found in report.links if found.target not in troubled]
     host = os.uname().nodename
-    yield f"blktrack: {len(bad)} of {_replicas(len(report.links))} on {host} need attention"
+    need = "needs" if len(bad) == 1 else "need"
+    yield f"blktrack: {len(bad)} of {_replicas(len(report.links))} on {host} {need} attention"
     for found in bad[:_TOLD_MOST]:
         if found.exit or not found.warnings:
             yield f"{found.name}: {found.error or 'its newest point is older than was promised'}"

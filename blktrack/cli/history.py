@@ -137,5 +137,5 @@ def _fill(text: str, width: int) -> str:
 
 def _count(text: str) -> int:
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text, re.ASCII):
-        raise argparse.ArgumentTypeError("is not a number of runs")
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number of runs")
     return int(text)
