@@ -62,6 +62,16 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
 
 
+def format_promise(seconds: float) -> str:
+    """As a policy says it and `parse_duration` reads it: `90s` is `1m30s`, `36h` is `1d12h`."""
+    whole, text = int(seconds), ""
+    for unit in "dhm":
+        count, whole = divmod(whole, _SECONDS[unit])
+        text += f"{count}{unit}" * bool(count)
+    rest = round(whole + seconds % 1, 3)
+    return f"{text}{rest:g}s" if rest or not text else text
+
+
 def parse_duration(text: str) -> float:
     """Seconds of `90`, `90s`, `1.5h`, `1h30m`, `2d`, `1w`. Else UsageError."""
     stripped = text.strip()

@@ -134,7 +134,7 @@ def test_what_is_told_of_a_round(fleet: Fleet) -> None:
     assert head.startswith("blktrack: 1 of 4 replicas on ")
     assert what.startswith("disk1.near: ") and hint.startswith("  -> ")
     assert f"{fleet.disks['disk1'].path} -> " in since and "last point 20" in since
-    assert "the promise of 5:00 holds so far" in since
+    assert "the promise of 5m holds so far" in since
     assert well == "Well: disk0.near, disk2.near, disk3.near"
 
 

@@ -14,8 +14,10 @@ from blktrack.units import (
     KIB,
     MIB,
     format_duration,
+    format_promise,
     format_rate,
     format_size,
+    parse_duration,
     parse_size,
 )
 
@@ -145,3 +147,21 @@ def test_format_rate() -> None:
 )
 def test_format_duration(seconds: float, expected: str) -> None:
     assert format_duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.5, "0.5s"),
+        (15, "15s"),
+        (90, "1m30s"),
+        (600, "10m"),
+        (86400, "1d"),
+        (129600, "1d12h"),
+        (604800, "7d"),
+        (3600.25, "1h0.25s"),
+    ],
+)
+def test_a_promise_is_told_as_a_policy_says_it(seconds: float, expected: str) -> None:
+    assert format_promise(seconds) == expected
+    assert parse_duration(expected) == seconds

@@ -18,7 +18,7 @@ from blktrack.policy import LinkPolicy, Policy, Problem, read
 from blktrack.policy.check import check
 from blktrack.rates import Rates
 from blktrack.report import Finding, PolicyReport
-from blktrack.units import format_duration, format_size
+from blktrack.units import format_promise, format_size
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +70,8 @@ def _settings(link: LinkPolicy) -> str:
     found.append(link.consistency)
     if link.rpo_warning is not None and link.rpo_error is not None:
         found.append(
-            f"late after {format_duration(link.rpo_warning)}, "
-            f"broken after {format_duration(link.rpo_error)}"
+            f"late after {format_promise(link.rpo_warning)}, "
+            f"broken after {format_promise(link.rpo_error)}"
         )
     if link.rates.least is not None:
         found.append(_limits(link.rates))

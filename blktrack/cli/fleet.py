@@ -15,7 +15,7 @@ from blktrack.options import Options
 from blktrack.policy import Policy, load
 from blktrack.report import FleetReport, LinkOutcome
 from blktrack.told import Told
-from blktrack.units import format_duration, format_size
+from blktrack.units import format_duration, format_promise, format_size
 
 _TOLD_MOST = 25  # replicas of which a mail tells all
 _NAMED_MOST = 12  # of those that are well
@@ -137,7 +137,7 @@ def _point(found: LinkOutcome) -> str:
 
 
 def _promise(found: LinkOutcome) -> str:
-    promised = "" if found.rpo_s is None else f" of {format_duration(found.rpo_s)}"
+    promised = "" if found.rpo_s is None else f" of {format_promise(found.rpo_s)}"
     words = {"ok": "holds so far", "late": "is in danger", "broken": "is broken"}
     return f"the promise{promised} {words[found.lateness]}"
 

@@ -20,7 +20,7 @@ from blktrack.policy.measure import measure
 from blktrack.report import DeviceStatus, LinkStatus, ReplicaStatus, StatusReport
 from blktrack.ship.tell import replica_status
 from blktrack.tracker.status import status
-from blktrack.units import format_duration, format_size
+from blktrack.units import format_duration, format_promise, format_size
 
 EXITS = {
     "3": "the device is not tracked, and the file no replica",
@@ -112,7 +112,7 @@ def _link(link: LinkStatus) -> str:
             f", at {instant(link.point)} ({link.consistency}), {format_duration(link.lag_s)} ago"
         )
     if link.lateness in ("late", "broken") and link.rpo_s is not None:
-        text += f", {link.lateness.upper()}: promised {format_duration(link.rpo_s)}"
+        text += f", {link.lateness.upper()}: promised {format_promise(link.rpo_s)}"
     if link.pending_bytes is not None:
         text += f", {format_size(link.pending_bytes)} pending"
     if link.reason:

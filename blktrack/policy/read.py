@@ -20,6 +20,7 @@ from typing import Any
 from blktrack.errors import UsageError
 from blktrack.policy import values
 from blktrack.policy.model import JOBS, DevicePolicy, LinkPolicy, Policy
+from blktrack.units import format_promise
 
 Values = dict[str, Any]
 
@@ -154,7 +155,7 @@ class _Reader:
         """What a level says against itself and against what it inherits."""
         late, broken = _thresholds(merged)
         if late is not None and broken is not None and late > broken:
-            hint = f"write an rpo-error of {late:g} s or more"
+            hint = f"write an rpo-error of {format_promise(late)} or more"
             self._problem(f"{key}.rpo-warning", "is above rpo-error", hint)
         consistency, freeze = merged.get("consistency", "crash"), merged.get("freeze", True)
         if consistency == "filesystem" and not freeze and {"consistency", "freeze"} & set(own):
