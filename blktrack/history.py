@@ -251,20 +251,24 @@ def _parse(line: bytes) -> Run | None:
     """None if it is damaged."""
     try:
         raw = json.loads(line)
-        return _known(Run, {**raw, "totals": _known(Totals, raw["totals"])})
-    except (ValueError, TypeError, KeyError, RecursionError):
+        run = _known(Run, {**raw, "totals": _known(Totals, raw["totals"])})
+        time.localtime(run.begun)  # or an error, if no clock can have told it
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, OSError):
         return None
+    return run
 
 
 def _known(kind: type[T], raw: Any) -> T:
     """Keys that are not known, a newer version's, are left out. TypeError if one that is known has
-    a value of another kind, or is missing."""
+    a value of another kind, or is missing; ValueError for NaN and what no counter holds."""
     if not isinstance(raw, dict):
         raise TypeError(raw)
     values = {name: raw[name] for name in _KINDS[kind] if name in raw}
     for name, value in values.items():
         if not isinstance(value, _KINDS[kind][name]):
             raise TypeError(name)
+        if isinstance(value, (int, float)) and not abs(value) < 1 << 63:
+            raise ValueError(name)
     return kind(**values)
 
 

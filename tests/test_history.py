@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -253,7 +254,14 @@ def test_a_damaged_line(store: Store, damage: bytes) -> None:
     assert [run.totals.runs for run in found.runs] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("change", [{"exit": "0"}, {"begun": None}, {"link": 3}, {"totals": []}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"exit": "0"}, {"begun": None}, {"link": 3}, {"totals": []}),
+        *({"begun": math.nan}, {"begun": math.inf}, {"begun": 1e17}, {"duration_s": math.nan}),
+        *({"begun": 10**400}, {"bytes_changed": 10**400}, {"freeze_s": -math.inf}),
+    ],
+)
 def test_a_value_of_another_kind(store: Store, change: dict[str, Any]) -> None:
     succeed(store)
     path(store).write_text(f"{json.dumps(json.loads(path(store).read_text()) | change)}\n")
