@@ -128,6 +128,9 @@ REPLICA = '[device.a.replica.r]\ntarget = "/b"\n'
     [
         ("x", "", "is not TOML", "quotes"),
         ("[device\n", "", "is not TOML", "quotes"),
+        (f"x = {'[' * 5000}", "", "is not TOML", "quotes"),
+        (f"x = {'9' * 5000}", "", "is not TOML", "quotes"),
+        (f"[defaults]\nrpo = {'9' * 400}", "defaults.rpo", "is not valid", "a clock can tell"),
         ("devices = 1", "devices", "is not a known key", "did you mean device?"),
         ("device = 1", "device", "is not a table", "write [device]"),
         ("[device]\na = 1", "device.a", "is not a table", "[device.a]"),
@@ -198,6 +201,13 @@ REPLICA = '[device.a.replica.r]\ntarget = "/b"\n'
             "device.a.replica.r.target",
             "is not valid",
             "other hosts are not supported",
+        ),
+        (
+            DEVICE + '[device.a.replica."b.c"]\ntarget = "/x"\n'
+            '[device."a.b"]\npath = "/dev/b"\n[device."a.b".replica.c]\ntarget = "/y"',
+            "device.a.b.replica.c",
+            "is a.b.c for short",
+            "by another name",
         ),
     ],
 )

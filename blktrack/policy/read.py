@@ -93,7 +93,7 @@ def read(path: Path) -> tuple[Policy, list[Problem]]:
     except UnicodeDecodeError as error:
         hint = "save it in that encoding"
         return Policy(path), [Problem("", f"is not UTF-8 at byte {error.start}", hint)]
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting without an end
         hint = "see https://toml.io; text needs quotes"
         return Policy(path), [Problem("", f"is not TOML: {error}", hint)]
     return _Reader(path).policy(raw)
@@ -167,6 +167,7 @@ class _Reader:
 
     def _distinct(self, devices: tuple[DevicePolicy, ...]) -> None:
         """A device has one table, and a target belongs to one link."""
+        names: dict[str, str] = {}
         paths: dict[str, str] = {}
         targets: dict[str, str] = {}
         for device in devices:
@@ -176,6 +177,10 @@ class _Reader:
                 self._problem(f"{key}.path", f"is the device of {first} too", hint)
             for link in device.links:
                 place = f"{key}.replica.{link.name}"
+                name = f"{device.name}.{link.name}"
+                if (first := names.setdefault(name, place)) != place:
+                    hint = "call one of them by another name: where names have dots they meet"
+                    self._problem(place, f"is {name} for short, and so is {first}", hint)
                 if (first := targets.setdefault(link.target, place)) != place:
                     hint = "give each replica a target of its own"
                     self._problem(f"{place}.target", f"is the target of {first} too", hint)

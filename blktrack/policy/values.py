@@ -58,6 +58,8 @@ def duration(value: Any) -> float:
         seconds = parse_duration(value) if isinstance(value, str) else float(value)
     except UsageError as error:
         raise ValueError(error.hint) from error
+    except OverflowError as error:
+        raise ValueError("write a time that a clock can tell") from error
     if not 0 < seconds < math.inf:
         raise ValueError("it must be more than 0")
     return seconds
