@@ -1,10 +1,12 @@
 """python -m blktrack, and the installed command."""
 
+import os
 import signal
 import sys
 
 
 def run() -> int:
+    _stand_in()
     # Python would answer SIGINT with a traceback, of the imports below to begin with. As any death
     # is harmless, only commands that have something to tell catch signals, for that time.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -12,6 +14,22 @@ def run() -> int:
     from blktrack.cli import main
 
     return main()
+
+
+def _stand_in() -> None:
+    """Open what of the standard streams is closed: its number would be that of the next file, a
+    replica perhaps, and what a library or a hook says on standard error would go into that."""
+    if sys.stdin is None:
+        os.open(os.devnull, os.O_RDONLY)  # the lowest number that is free, as are the next
+        sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        os.open(os.devnull, os.O_RDONLY)  # cannot be written: that nobody gets it is an error
+        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        os.open(os.devnull, os.O_WRONLY)
+        sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    for number in range(3):  # also to hooks
+        os.set_inheritable(number, True)
 
 
 if __name__ == "__main__":

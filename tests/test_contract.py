@@ -7,9 +7,13 @@ test_contract_json.py.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -293,3 +297,23 @@ def test_codes(bench: Bench, command: str, code: int) -> None:
         assert command == "send" or done.out == ""  # a delta without an end is none
         *_, sentence, hint = ["", *done.err.strip().splitlines()]
         assert re.match("blktrack[a-z ]*: ", sentence) and hint.startswith("  -> "), done.err
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_a_file_never_takes_the_place_of_a_standard_stream(
+    closed: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A library that speaks on standard error would write into it, be it a replica."""
+    program = (
+        "import os, sys; from blktrack.__main__ import run; "
+        "sys.argv = ['blktrack', 'config', 'check', '--file', '/dev/null']; code = run(); "
+        f"fd = os.open({str(tmp_path / 'file')!r}, os.O_RDWR | os.O_CREAT, 0o600); "
+        "os.write(fd, b'%d %d %d' % (fd > 2, code, None in (sys.stdin, sys.stdout, sys.stderr)))"
+    )
+
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    subprocess.run([sys.executable, "-c", program], preexec_fn=close, timeout=60, check=False)
+    assert (tmp_path / "file").read_bytes() == b"1 %d 0" % (1 in closed)
