@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -48,6 +49,9 @@ every_kind = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=pytest.mark.needs(*{k} & {"zram"})) for k in KINDS]
 )
 PATIENCE = 30.0  # seconds for what the kernel does behind our back: a deadline, never a pause
+
+
+_OWN = itertools.count()  # loop devices of this process with a number of their own
 
 
 def wait_until(met: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
@@ -135,7 +139,7 @@ class Lab:
 
     def own_loop(self, size: int, file: Path) -> str:
         """One of a number that nobody else finds free, to be detached and attached again."""
-        number = 10_000 + os.getpid()
+        number = 10_000 + (os.getpid() * 64 + next(_OWN)) % 1_000_000
         control = os.open("/dev/loop-control", os.O_RDWR)
         self.stack.callback(os.close, control)
         fcntl.ioctl(control, LOOP_CTL_ADD, number)
