@@ -15,7 +15,7 @@ import pytest
 from blktrack.state import Store
 from blktrack.units import MIB
 from tests.background import Running
-from tests.blockdev import Done, Lab
+from tests.blockdev import Done, Lab, lab_in_memory
 from tests.streams import Hosts
 from tests.test_events import filled
 
@@ -89,39 +89,42 @@ def state_of(store: Store, device: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def bench(attached: Lab) -> Iterator[Bench]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BLKTRACK_ROOT", str(attached.folder / "root"))
-        with attached.fresh() as lab, contextlib.ExitStack() as locks:
-            hosts = Hosts(lab, SIZE)
-            hosts.carry()
-            held, empty = filled(lab, SIZE), lab.own_loop(SIZE, lab.name("disk"))
-            lab.track(held)
-            replica, taken, stale = (lab.name("replica") for _ in range(3))
-            for target in (replica, taken):
-                lab.sync(hosts.source, target)
-            stale.write_bytes(bytes(SIZE))
-            policy = lab.name("policy")
-            policy.touch()
-            subprocess.run(["losetup", "--detach", empty], check=True)
-            made = Bench(
-                lab,
-                hosts,
-                {
-                    "DEVICE": hosts.source,
-                    "PLAIN": filled(lab, SIZE),
-                    "HELD": held,
-                    "EMPTY": empty,
-                    "REPLICA": str(replica),
-                    "TAKEN": str(taken),
-                    "STALE": str(stale),
-                    "POLICY": str(policy),
-                },
-            )
-            locks.enter_context(locked(lock_of(lab.store, held)))
-            locks.enter_context(locked(taken))
-            made.waiting = {name: made.begin(line) for name, line in WAITING.items()}
-            yield made
+def bench() -> Iterator[Bench]:
+    """In an instance of its own: one of its devices is held for good."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        lab_in_memory(patch) as lab,
+        contextlib.ExitStack() as locks,
+    ):
+        hosts = Hosts(lab, SIZE)
+        hosts.carry()
+        held, empty = filled(lab, SIZE), lab.own_loop(SIZE, lab.name("disk"))
+        lab.track(held)
+        replica, taken, stale = (lab.name("replica") for _ in range(3))
+        for target in (replica, taken):
+            lab.sync(hosts.source, target)
+        stale.write_bytes(bytes(SIZE))
+        policy = lab.name("policy")
+        policy.touch()
+        subprocess.run(["losetup", "--detach", empty], check=True)
+        made = Bench(
+            lab,
+            hosts,
+            {
+                "DEVICE": hosts.source,
+                "PLAIN": filled(lab, SIZE),
+                "HELD": held,
+                "EMPTY": empty,
+                "REPLICA": str(replica),
+                "TAKEN": str(taken),
+                "STALE": str(stale),
+                "POLICY": str(policy),
+            },
+        )
+        locks.enter_context(locked(lock_of(lab.store, held)))
+        locks.enter_context(locked(taken))
+        made.waiting = {name: made.begin(line) for name, line in WAITING.items()}
+        yield made
 
 
 def received(bench: Bench, delta: bytes, target: str, *words: str) -> Done:
