@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import shutil
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +46,21 @@ def test_a_replica_that_another_program_has(shared: Lab) -> None:
     finally:
         os.close(fd)
     assert shared.sync(device, replica).mode == "initial"
+
+
+def test_a_replica_that_is_a_program(shared: Lab) -> None:
+    """One that runs: the kernel gives it to nobody who would write."""
+    device, program = filled(shared, SIZE), shared.name("program")
+    shutil.copy("/bin/sleep", program)
+    shared.track(device)
+    running = subprocess.Popen([program, "600"])
+    try:
+        done = shared.blktrack("sync", device, program)
+        assert_clear(done, 1, f"cannot open {program}: Text file busy", "choose another")
+    finally:
+        running.kill()
+        running.wait()
+    assert program.read_bytes() == Path("/bin/sleep").read_bytes()
 
 
 def test_a_replica_whose_name_becomes_another_device(shared: Lab) -> None:

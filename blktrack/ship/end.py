@@ -29,6 +29,7 @@ _HINTS = {
     "the command again",
     errno.EIO: "the medium or its connection fails: see the kernel log, then replace or check it",
     errno.EBUSY: "end what uses it, then run the command again",
+    errno.ETXTBSY: "it is a program that runs: choose another replica",
     errno.ENOENT: "check its name; mount or connect what it lies on",
     errno.EACCES: "run as root, and make it writable",
     errno.EPERM: "run as root, and take off its write protection (of a file, see lsattr)",
