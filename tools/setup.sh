@@ -100,7 +100,7 @@ wanted_stamp() {
 
 make_venv() {
     say "installing Python packages into .venv"
-    # Made without the system's packages so that pip takes every dependency from PyPI, then
+    # Made without the system's packages so that pip takes no dependency from there, then
     # rewritten to see them: bcc is there and nowhere else.
     "$python" -m venv --clear .venv ||
         die "$python could not make .venv; reinstall python3-venv, or free some space."
