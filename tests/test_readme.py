@@ -35,8 +35,10 @@ BOOT_LINE = b"booted from the replica\r\n\0"
 
 
 def environment(**names: str) -> dict[str, str]:
-    # Of the make that runs the tests: its own would say which folders it enters.
-    outer = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    # Not of the make that runs the tests: it would say which folders it enters, and pass on ARGS.
+    outer = {
+        name: value for name, value in os.environ.items() if "MAKE" not in name and name != "ARGS"
+    }
     env = {**outer, "PATH": f"{TOP / '.venv/bin'}:{TOOL_PATH}", "LC_ALL": "C.UTF-8"}
     return {**env, **names}
 
