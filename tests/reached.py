@@ -69,7 +69,7 @@ def never_reached(folder: Path = FOLDER) -> list[Site]:
 
 
 class Whole:
-    """Whether this session is the whole default set, and what of it was skipped."""
+    """Whether this run is the whole default set, and what of it was skipped."""
 
     def __init__(self) -> None:
         self.why_not = "it has not begun"

@@ -168,8 +168,7 @@ def readme_section(title: str) -> Section:
 @pytest.fixture
 def clone(tmp_path: Path) -> Iterator[list[Command]]:
     """Commands to be typed first. What they leave, cut short by a failure, is taken away."""
-    if not (TOP / ".venv/setup.stamp").exists():
-        pytest.skip("needs the .venv of make setup")
+    assert (TOP / ".venv/setup.stamp").exists(), "make setup has to come first"
     (tmp_path / "clone").mkdir()
     yield in_place_of_this(working_tree(tmp_path / "clone"))
     for left in (tmp_path / "scratch").iterdir():
