@@ -20,7 +20,6 @@ VERSION = 1
 
 MAX_FRAME = 4 * MIB  # bytes of the extent of a data frame
 MAX_JSON = 64 * KIB  # bytes of the header, and of the trailer
-MAX_NUMBER = 2**63 - 1  # of any integer in them, and of the end of any extent
 MAX_WINDOW = 8 * MIB  # that decompressing a frame may need
 
 DIGEST_SIZE = 16

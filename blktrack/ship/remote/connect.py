@@ -1,0 +1,79 @@
+"""A connection to the keeper of a replica, from its first byte to the last."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, field
+
+from blktrack.rates import UNLIMITED, Rates
+from blktrack.ship.address import Address
+from blktrack.ship.remote.client import Client
+from blktrack.ship.ssh import Connection
+from blktrack.ship.wire import hello
+from blktrack.ship.wire.channel import Channel
+from blktrack.ship.wire.errors import ConnectionLost
+from blktrack.ship.wire.pace import Level, Throttle
+
+CONNECT = 20.0  # seconds to reach the host, and as many for what follows
+
+
+@dataclass
+class Wire:
+    """How a run speaks over its connections, and how much it has said."""
+
+    compress: int | str | None = "adapt"  # level of zstd; None: none
+    limit: Rates = UNLIMITED  # bytes sent per second
+    patience: float = hello.PATIENCE  # seconds of silence after which a side is taken for dead
+    interactive: bool = False  # whether ssh may ask on the terminal
+    sent: int = 0  # bytes, of all connections that have ended
+    received: int = 0
+    level: Level = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.level = Level(self.compress)
+
+
+class Link:
+    """An open connection. A context manager: leaving it ends it, and waits for the other side."""
+
+    def __init__(self, address: Address, wire: Wire, stop: threading.Event) -> None:
+        """ConnectionFailed if there is none to be had, ProtocolError."""
+        self.address = address
+        self._wire = wire
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(
+                Connection.open(address, interactive=wire.interactive, connect_timeout=CONNECT)
+            )
+            pace = Throttle(wire.limit) if wire.limit.least else None
+            channel = Channel(
+                connection.source,
+                connection.sink,
+                peer=address.name,
+                patience=3600.0 if wire.interactive else 2 * CONNECT,
+                pace=pace,
+            )
+            stack.callback(self._count, channel)
+            try:
+                hello.greet(
+                    channel.fill, channel.write, peer=address.name, patience=wire.patience
+                )
+            except ConnectionLost as error:
+                raise connection.failure() from error
+            channel.patience = wire.patience
+            self.client = Client(channel, stop)
+            stack.callback(channel.close)
+            self._held = stack.pop_all()
+
+    def _count(self, channel: Channel) -> None:
+        self._wire.sent += channel.sent
+        self._wire.received += channel.received
+
+    def close(self) -> None:
+        self._held.close()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,172 @@
+"""A replica on another host, as `Replica` is one on this host: what it asks of its keeper."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from blktrack.extent import ExtentArray
+from blktrack.observer import NOBODY, Observer
+from blktrack.point import Point
+from blktrack.ship.address import Address
+from blktrack.ship.fields import Fields
+from blktrack.ship.record import Origin, Record, State, host_id
+from blktrack.ship.remote.connect import Link, Wire
+from blktrack.ship.remote.end import FarEnd
+from blktrack.ship.serve import digest_of
+from blktrack.ship.wire import digests
+from blktrack.ship.wire.errors import ProtocolError
+from blktrack.ship.wire.message import Kind
+from blktrack.sysfs import BlockDevice, boot_id
+
+
+class FarStage:
+    """An increment that is being staged beside a replica elsewhere, where it is kept."""
+
+    def __init__(self, replica: RemoteReplica, id: str, folder: str) -> None:
+        self.id = id
+        self.folder = folder
+        self.end = replica.far_end(replica.source.size)
+        self._replica = replica
+
+    def seal(self, extents: ExtentArray, point: Point) -> None:
+        """Have it made durable, and with it that it leads to `point`.
+
+        extents -- all of it, with what earlier connections staged.
+        """
+        value = {"extents": digest_of(extents), "point": asdict(point)}
+        self._replica.ask(Kind.SEAL, value, lasting=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What is durable of it stays."""
+
+
+class RemoteReplica:
+    """An open target on another host. Made by `open`; a context manager.
+
+    Every method raises what the keeper raises, with its name before the message; ConnectionLost.
+    """
+
+    link: str
+    record: Record | None
+    changed: str
+    blank: bool
+    stage_id: str  # of what an earlier connection staged for the next point; "" if there is none
+    finished: Point | None
+    end: FarEnd
+
+    def __init__(self, link: Link, source: BlockDevice) -> None:
+        self.source = source
+        self.name = str(link.address)
+        self._link = link
+        self._wire = link.wire
+        self._key = os.urandom(digests.KEY_SIZE)
+        self._held = contextlib.ExitStack()
+        self.writes: list[Path] = []  # on this host, if the keeper is on it too
+
+    @classmethod
+    def open(
+        cls,
+        address: Address,
+        *,
+        source: BlockDevice,
+        link: str | None,
+        wire: Wire,
+        stop: threading.Event,
+        force: bool = False,
+        writable: bool = True,
+        observer: Observer = NOBODY,
+    ) -> Self:
+        """As Replica.open. Not writable: only to be compared, whatever it is."""
+        with contextlib.ExitStack() as held:
+            observer.phase(f"connecting to {address.name}", 0)
+            replica = cls(held.enter_context(Link(address, wire, stop)), source)
+            found = replica._link.client.request(
+                Kind.OPEN,
+                {
+                    "target": address.path,
+                    "source": asdict(Origin.of(source, "")) | {"host": host_id()},
+                    "link": link,
+                    "force": force,
+                    "writable": writable,
+                    "key": replica._key.hex(),
+                    "boot": boot_id(),
+                    "major": source.number[0],
+                    "minor": source.number[1],
+                },
+                observer=observer,
+            )
+            replica._take(found, writable=writable)
+            replica._held = held.pop_all()
+        return replica
+
+    def _take(self, found: Fields, *, writable: bool) -> None:
+        self.end = self.far_end(found.number("size"))
+        if not writable:
+            return
+        self.link = found.uuid("link")
+        self.record = _record(found, "record")
+        self.changed = found.text("changed")
+        self.blank = found.flag("blank")
+        self.stage_id = found.text("stage")
+        self.finished = found.point("finished") if found.has("finished") else None
+        if found.text("boot") == boot_id():
+            paths = found.get("writes")
+            self.writes = [Path(str(path)) for path in paths] if isinstance(paths, list) else []
+
+    def far_end(self, size: int) -> FarEnd:
+        return FarEnd(self.name, size, self._link.client, self._key, self._wire.level)
+
+    @property
+    def existing_state(self) -> State | None:
+        return self.record.state if self.record else None
+
+    def check_room(self) -> None:
+        """Refused if it cannot hold the source as that is by now."""
+        self.ask(Kind.ROOM, {})
+
+    def stage(self, resume: str) -> FarStage:
+        """Begin an increment, or go on with the one of this id, if it is there."""
+        found = self.ask(Kind.STAGE, {"resume": resume})
+        return FarStage(self, found.uuid("id"), found.text("folder"))
+
+    def apply(
+        self, stage: FarStage, progress: Observer, stop: threading.Event | None = None
+    ) -> None:
+        self.ask(Kind.APPLY, {}, observer=progress, lasting=True)
+
+    def begin(self, state: State, generation: str) -> None:
+        found = self.ask(Kind.BEGIN, {"state": str(state), "generation": generation})
+        self.end = self.far_end(found.number("size"))
+
+    def commit(self, point: Point) -> None:
+        self.ask(Kind.COMMIT, {"point": asdict(point)}, lasting=True)
+        self.changed = ""
+
+    def ask(
+        self,
+        kind: Kind,
+        value: dict[str, Any],
+        *,
+        observer: Observer = NOBODY,
+        lasting: bool = False,
+    ) -> Fields:
+        """Of the keeper, which is told how large the source is by now."""
+        value["size"] = self.source.size
+        return self._link.client.request(kind, value, observer=observer, lasting=lasting)
+
+    def close(self) -> None:
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

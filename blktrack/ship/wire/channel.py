@@ -1,0 +1,164 @@
+"""Both directions of a connection: messages whole, silence noticed, what is small gathered.
+
+A side that has nothing to say says so several times within the other's patience. Silence is
+counted only while the other side is listened to, and any byte ends it: a slow link is no dead one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from blktrack.ship.delta.pipe import Sink, Source
+from blktrack.ship.wire.errors import ConnectionLost, ProtocolError
+from blktrack.ship.wire.message import Kind, Malformed, Message, Reader, pack
+
+_GATHER = 64 << 10  # bytes of small messages that wait for each other
+_SLICE = 64 << 10  # bytes written at once
+_LOOK = 200  # milliseconds after which a writer that waits looks up
+_BEATS = 4  # within the other side's patience
+
+
+class Pace(Protocol):
+    """How fast may be sent."""
+
+    def wait(self, count: int, stop: threading.Event) -> bool:
+        """Wait until so many bytes may be sent; False if `stop` was set first."""
+
+
+class Channel:
+    """Thread-safe to send; one thread receives. ConnectionLost, ProtocolError."""
+
+    def __init__(
+        self,
+        source: Source,
+        sink: Sink,
+        *,
+        peer: str,
+        patience: float,
+        pace: Pace | None = None,
+    ) -> None:
+        self.peer = peer
+        self.patience = patience
+        self.sent = self.received = 0  # bytes
+        self._source, self._sink = source, sink
+        self._pace = pace
+        self._lock = threading.Lock()
+        self._waiting = bytearray()
+        self._closed = threading.Event()
+        self._error: Exception | None = None
+        self._poll = select.poll()
+        self._poll.register(source.fileno(), select.POLLIN)
+        self._reader = Reader(self.fill)
+        os.set_blocking(sink.fileno(), False)
+
+    def send(self, parts: Sequence[bytes | memoryview], *, now: bool = True) -> None:
+        """Send a message. Not `now`: it may wait for the next one, or for a beat."""
+        with self._lock:
+            for part in parts:
+                if len(part) >= _GATHER:
+                    self._pass_on()
+                    self._write(part)
+                else:
+                    self._waiting += part
+            if now or len(self._waiting) >= _GATHER:
+                self._pass_on()
+
+    def write(self, data: bytes) -> None:
+        """Send what is no message."""
+        with self._lock:
+            self._write(data)
+
+    def receive(self) -> Message:
+        """The next message. ConnectionLost where the other side ended, or is silent."""
+        try:
+            return self._reader.next()
+        except Malformed as error:
+            raise ProtocolError(self.peer, str(error)) from error
+
+    def fill(self, view: memoryview) -> None:
+        """Fill a view with what comes, whatever that is."""
+        done = 0
+        while done < len(view):
+            self._await(time.monotonic() + self.patience)
+            try:
+                count = self._source.readinto(view[done:])
+            except OSError as error:
+                raise self._lost(os.strerror(error.errno or 0)) from error
+            if count == 0:
+                raise self._lost("it ended")
+            done += count or 0
+            self.received += count or 0
+
+    def _await(self, until: float) -> None:
+        while not self._poll.poll(_LOOK):
+            if self._closed.is_set():
+                raise self._error or self._lost("it was closed")
+            if time.monotonic() > until:
+                raise self._lost(f"nothing was heard for {self.patience:g} s")
+
+    def beat(self, kind: Kind) -> None:
+        """From now on let the other side know that this one lives."""
+        threading.Thread(target=self._beat, args=[kind], name="beat", daemon=True).start()
+
+    def _beat(self, kind: Kind) -> None:
+        message = pack(kind)
+        while not self._closed.wait(self.patience / _BEATS):
+            try:
+                self.send(message)
+            except (ConnectionLost, ProtocolError):
+                return
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more is sent: whoever tries meets this error. The first one counts."""
+        self._error = self._error or error
+        self._closed.set()
+
+    def close(self) -> None:
+        """Pass on what waits, and end."""
+        with contextlib.suppress(ConnectionLost, ProtocolError), self._lock:
+            self._pass_on()
+        self.fail(self._lost("it was closed"))
+
+    def _pass_on(self) -> None:
+        waiting, self._waiting = self._waiting, bytearray()
+        if waiting:
+            self._write(waiting)
+
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
+        with memoryview(data) as whole, whole.cast("B") as view:
+            for start in range(0, len(view), _SLICE):
+                self._write_slice(view[start : start + _SLICE])
+
+    def _write_slice(self, view: memoryview) -> None:
+        if self._pace is not None:
+            self._pace.wait(len(view), self._closed)
+        done = 0
+        while done < len(view):
+            if self._closed.is_set():
+                raise self._error or self._lost("it was closed")
+            try:
+                count = self._sink.write(view[done:])
+            except OSError as error:
+                self.fail(lost := self._lost(os.strerror(error.errno or 0)))
+                raise lost from error
+            if count is None:
+                self._writable()
+            else:
+                done += count
+                self.sent += count
+
+    def _writable(self) -> None:
+        poll = select.poll()
+        poll.register(self._sink.fileno(), select.POLLOUT)
+        poll.poll(_LOOK)
+
+    def _lost(self, why: str) -> ConnectionLost:
+        return ConnectionLost(self.peer, why)
+
+

@@ -1,0 +1,35 @@
+"""How a connection fails."""
+
+from __future__ import annotations
+
+from blktrack.errors import BlktrackError, CopyFailed
+
+
+class ConnectionLost(CopyFailed):
+    """The other side is gone, or silent for too long. What it held durably it still holds."""
+
+    def __init__(self, peer: str, why: str, *, hint: str = "") -> None:
+        super().__init__(
+            f"the connection to {peer} was lost: {why}",
+            hint=hint or "run the command again: it goes on where this ended",
+        )
+        self.peer = peer
+
+
+class ProtocolError(BlktrackError):
+    """The other side says what it may not say, or what this version does not understand."""
+
+    def __init__(self, peer: str, what: str, *, hint: str = "") -> None:
+        super().__init__(
+            f"{peer} breaks the protocol: {what}",
+            hint=hint or "use the same version of blktrack on both hosts",
+        )
+
+
+class FarError(BlktrackError):
+    """What went wrong on the other side, as it told it; `kind` is the class that it had there."""
+
+    def __init__(self, peer: str, message: str, *, hint: str, exit_code: int, kind: str) -> None:
+        super().__init__(f"{peer}: {message}", hint=hint)
+        self.exit_code = exit_code
+        self.kind = kind
