@@ -17,6 +17,7 @@ from blktrack.extent import Extent
 from blktrack.linux import Buffer
 from blktrack.ship.aio import RequestQueue
 from blktrack.ship.plan import Piece
+from blktrack.ship.runs import runs
 
 # What a device or file system says to a way of zeroing that it does not have.
 _CANNOT = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS}
@@ -122,6 +123,41 @@ class Endpoint(ABC):
         """Write many pieces at once; durable after flush()."""
         for start, length, at in self._many(pieces, buffer, requests, write=True):
             self.write(buffer.view[at : at + length], start)
+
+    def read_all(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None) -> None:
+        """Read many pieces, at once if there are requests for it."""
+        left = self.read_many(pieces, buffer, requests) if requests else pieces
+        for start, length, at in left:
+            self.read_into(buffer.view[at : at + length], start)
+
+    def differences(
+        self,
+        pieces: list[Piece],
+        source: Buffer,
+        replica: Buffer,
+        requests: RequestQueue | None,
+        granularity: int,
+    ) -> list[Piece]:
+        """Runs of granules in which this end is not what `source` holds at the pieces' places.
+
+        What is here is read into `replica`, at the same places.
+        """
+        self.read_all(pieces, replica, requests)
+        found = []
+        for start, length, at in pieces:
+            if source.equal(at, length, replica, at):  # mostly: in one go
+                continue
+            shift = at - start
+            for begin, end, equal in runs(
+                start,
+                start + length,
+                granularity,
+                shift,
+                lambda at, count: source.equal(at, count, replica, at),
+            ):
+                if not equal:
+                    found.append(Piece(begin, end - begin, begin + shift))
+        return found
 
     def _many(
         self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue, *, write: bool

@@ -8,7 +8,7 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from blktrack.linux import PAGE, Buffer
@@ -16,6 +16,7 @@ from blktrack.ship.aio import RequestQueue
 from blktrack.ship.endpoint import EndError, Endpoint
 from blktrack.ship.limit import RateLimit
 from blktrack.ship.plan import MAX_REQUESTS, Batch, Piece
+from blktrack.ship.runs import runs
 
 ZERO_PIECE = 64 << 10  # zeroes are looked for in aligned pieces of this size
 _LOOK = 128 << 10  # of what is to be zero, so much or less is read before
@@ -154,8 +155,9 @@ class Crew:
     def _carry(self, good: Batch, outcome: Outcome, hand: _Hand) -> Outcome:
         """Write or compare what was read of a batch."""
         if self._mode is not Mode.COPY:
-            _read_all(self._replica, good, hand.replica, hand.requests(good))
-            different = [run for piece in good for run in self._different(piece, hand)]
+            different = self._replica.differences(
+                good, hand.source, hand.replica, hand.requests(good), self._granularity
+            )
             outcome.different = [(start, length) for start, length, _ in different]
         if self._mode is not Mode.COMPARE:
             self._store(good if self._mode is Mode.COPY else different, hand, outcome)
@@ -204,24 +206,6 @@ class Crew:
             middle = (start // unit + 1) * unit
         return middle if middle < start + length else None
 
-    def _different(self, piece: Piece, hand: _Hand) -> Batch:
-        """Runs of granules that differ."""
-        start, length, at = piece
-        if hand.source.equal(at, length, hand.replica, at):
-            return []
-        shift = at - start
-        return [
-            Piece(begin, end - begin, begin + shift)
-            for begin, end, equal in _runs(
-                start,
-                start + length,
-                self._granularity,
-                shift,
-                lambda at, count: hand.source.equal(at, count, hand.replica, at),
-            )
-            if not equal
-        ]
-
     def _zero(self, pieces: Batch, hand: _Hand) -> None:
         """Make pieces of the replica zero, the small ones only if they are not: around scattered
         changes they mostly are, and a hole costs far more than a look."""
@@ -229,7 +213,7 @@ class Crew:
         looked = False
         with contextlib.suppress(EndError):
             # Into the place of the source's zeroes, which are not needed any more.
-            _read_all(self._replica, small, hand.source, hand.requests(small))
+            self._replica.read_all(small, hand.source, hand.requests(small))
             looked = True
         for start, length, at in pieces:
             if not (looked and length <= _LOOK and hand.source.is_zero(at, length)):
@@ -241,7 +225,7 @@ class Crew:
         zeroes: Batch = []
         for start, length, at in pieces:
             shift = at - start
-            for begin, end, zero in _runs(
+            for begin, end, zero in runs(
                 start, start + length, ZERO_PIECE, shift, hand.source.is_zero
             ):
                 part = Piece(begin, end - begin, begin + shift)
@@ -293,31 +277,3 @@ class _Hand:
             _idle.append(self._requests)
         elif self._requests:
             self._requests.close()
-
-
-def _read_all(end: Endpoint, pieces: Batch, buffer: Buffer, requests: RequestQueue | None) -> None:
-    left = pieces
-    if requests:
-        left = end.read_many(pieces, buffer, requests)
-    for start, length, at in left:
-        end.read_into(buffer.view[at : at + length], start)
-
-
-def _runs(
-    start: int, end: int, unit: int, shift: int, test: Callable[[int, int], bool]
-) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, answer) of the longest runs of aligned units for which `test` says the same.
-
-    `test` takes a place, `shift` after the start, and a length.
-    """
-    begin, answer = start, None
-    while start < end:
-        stop = min(end, (start // unit + 1) * unit)
-        says = test(start + shift, stop - start)
-        if says is not answer and answer is not None:
-            yield begin, start, answer
-            begin = start
-        answer = says
-        start = stop
-    if answer is not None:
-        yield begin, end, answer
