@@ -131,6 +131,43 @@ def test_a_checkpoint_follows_its_flush(files: tuple[Endpoint, Recorder]) -> Non
     assert replica.events == ["flush", "checkpoint"] * (len(replica.events) // 2)
 
 
+def test_a_checkpoint_is_due_after_so_many_bytes(files: tuple[Endpoint, Recorder]) -> None:
+    source, replica = files
+    turn = in_step(replica)
+    told: list[ExtentArray] = []
+    copy(
+        source, replica, whole(2 * MIB), interval=1e9, checkpoint_bytes=256 * KIB, chunk=64 * KIB,
+        checkpoint=told.append, progress=lambda done: turn.release(),
+    )  # fmt: skip
+    sizes = [extent.total(extents) for extents in told]
+    # Not once the last batch is taken: what is done by then is settled at the end.
+    assert sizes[:6] == [256 * KIB] * 6
+    assert sum(sizes) == 2 * MIB
+    assert sizes[-1] <= 512 * KIB
+    assert len(replica.events) == len(told)
+
+
+def test_zeroes_count_towards_a_checkpoint(tmp_path: Path) -> None:
+    sparse(tmp_path / "source", 2 * MIB)
+    (tmp_path / "replica").write_bytes(b"\x11" * 2 * MIB)
+    told: list[ExtentArray] = []
+    turn = threading.Semaphore(1)
+    with open_end(str(tmp_path / "source")) as source, Recorder(tmp_path / "replica") as replica:
+        zero = replica.zero
+
+        def wait_and_zero(start: int, length: int) -> None:
+            assert turn.acquire(timeout=30)
+            zero(start, length)
+
+        replica.zero = wait_and_zero  # type: ignore[method-assign]
+        copied = copy(
+            source, replica, whole(2 * MIB), interval=1e9, checkpoint_bytes=512 * KIB,
+            chunk=256 * KIB, checkpoint=told.append, progress=lambda done: turn.release(),
+        )  # fmt: skip
+    assert copied.bytes_written == 0
+    assert extent.total(told[0]) == 512 * KIB
+
+
 def test_without_a_checkpoint_flushing_is_the_callers(files: tuple[Endpoint, Recorder]) -> None:
     source, replica = files
     copied = copy(source, replica, whole(2 * MIB), interval=0.0, chunk=64 * KIB)

@@ -55,6 +55,7 @@ def copy(
     progress: Callable[[int], None] | None = None,
     checkpoint: Callable[[ExtentArray], None] | None = None,
     interval: float = 5.0,
+    checkpoint_bytes: int | None = None,
     read_done: Callable[[], None] | None = None,
     stop: threading.Event | None = None,
     limit: Rates = UNLIMITED,
@@ -70,6 +71,8 @@ def copy(
     checkpoint -- called every `interval` seconds and at the end (also of an interrupted or failed
         copy), after a flush, with the extents that became durable since the last call: each is
         reported once. Not called by COMPARE. Without it nothing is flushed: that is the caller's.
+    checkpoint_bytes -- a checkpoint is also due once so many bytes of extents were dealt with since
+        the last one, whatever the time.
     read_done -- called once, when the last read of the source has ended and writes may go on; not
         if the copy was stopped.
     stop -- set it to end early: what is under way is finished and reported.
@@ -92,7 +95,9 @@ def copy(
         limit=RateLimit(limit) if least else None,
         stop=stop or threading.Event(),
     )
-    ledger = _Ledger(replica, None if mode is Mode.COMPARE else checkpoint, interval)
+    ledger = _Ledger(
+        replica, None if mode is Mode.COMPARE else checkpoint, interval, checkpoint_bytes
+    )
     threads = min(threads, -(-total(extents) // chunk) + len(extents))
     workers = [threading.Thread(target=crew.run, name=f"copy-{i}") for i in range(threads)]
     try:
@@ -152,12 +157,15 @@ class _Ledger:
         replica: Endpoint,
         checkpoint: Callable[[ExtentArray], None] | None,
         interval: float,
+        most: int | None,
     ) -> None:
         self.bytes_done = 0
         self._replica = replica
         self._checkpoint = checkpoint
         self._interval = interval
+        self._most = most
         self._settled = time.monotonic()
+        self._unsettled = 0  # bytes of `_done`
         self._sum = Outcome()
         self._done: Pairs = []  # not yet durable
         self._flush_failed = False
@@ -174,8 +182,11 @@ class _Ledger:
         self.bytes_done += sum(length for _, length in outcome.failed)
         if self._checkpoint is not None:
             self._done += outcome.done
+            self._unsettled += sum(length for _, length in outcome.done)
 
     def due(self) -> bool:
+        if self._most is not None and self._unsettled >= self._most:
+            return True
         waited = time.monotonic() - self._settled
         return bool(self._done) and waited >= self._interval
 
@@ -187,7 +198,7 @@ class _Ledger:
         self._flush_failed = True
         self._replica.flush()
         self._flush_failed = False
-        done, self._done = self._done, []
+        done, self._done, self._unsettled = self._done, [], 0
         crash.point("copy-flushed")
         self._checkpoint(from_pairs(done))
         crash.point("copy-checkpoint")
