@@ -101,9 +101,7 @@ class Fields:
         level = fields.text("consistency")
         if level not in LEVELS:
             fields.refuse("consistency")
-        return Point(
-            fields.number("epoch"), fields.text("generation"), fields.time("time"), level
-        )
+        return Point(fields.number("epoch"), fields.text("generation"), fields.time("time"), level)
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import os
@@ -40,6 +41,7 @@ class Origin:
     name: str  # BlockDevice.permanent_name
     size: int
     generation: str
+    host: str = ""  # `host_id` of the one that it is on; "" if that is this one, or not known
 
     @classmethod
     def of(cls, source: BlockDevice, generation: str) -> Self:
@@ -51,6 +53,14 @@ class Origin:
         if self.name and name:
             return self.name == name
         return os.path.realpath(self.device) == os.path.realpath(source.path)
+
+    def is_as(self, other: Origin) -> bool:
+        """Whether both are one device of one other host, which cannot be asked."""
+        if not self.host or self.host != other.host:
+            return False
+        if self.name and other.name:
+            return self.name == other.name
+        return self.device == other.device
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,16 @@ class Seal:
         if self.digest != now.digest:
             return "its first or last bytes were changed by something else"
         return ""
+
+
+def host_id() -> str:
+    """By which a host is known to others; "" if it has nothing to be known by. machine-id(5) asks
+    that its own text is not given away."""
+    with contextlib.suppress(OSError):
+        text = Path("/etc/machine-id").read_bytes().strip()
+        if len(text) == 32:
+            return hashlib.blake2b(text, digest_size=16, key=b"blktrack").hexdigest()
+    return ""
 
 
 def edges(end: Endpoint) -> str:
@@ -162,4 +182,5 @@ class Record:
 
 
 def _known(kind: type[_T], value: dict[str, Any]) -> _T:
-    return kind(**{field.name: value[field.name] for field in fields(kind)})
+    """What has a default may be missing: an older version did not write it."""
+    return kind(**{one.name: value[one.name] for one in fields(kind) if one.name in value})

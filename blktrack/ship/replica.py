@@ -76,6 +76,7 @@ class Replica:
         link: str | None,
         paths: Paths,
         force: bool = False,
+        near: BlockDevice | None = None,
         writable: bool = True,
         stop: threading.Event | None = None,
         observer: Observer = NOBODY,
@@ -83,6 +84,7 @@ class Replica:
         """Take the target for a replica of `source`, or refuse it.
 
         source -- an Origin where the source is not on this host: it is then known by its link.
+        near -- the source, where it is on this host all the same, though it is not asked.
         link -- the uuid that this source and target are linked by, None if none is known: then one
             found on the replica of this source goes on, as `changed`, or a new one is made.
         force -- take what holds other data, or belongs to another source or link.
@@ -93,11 +95,13 @@ class Replica:
         Raises Refused, Busy if another run has it, UsageError for a target that cannot be reached.
         """
         target = Target.find(name)
-        if isinstance(source, Origin):
+        if isinstance(source, BlockDevice):
+            near = source
+        if near is not None:
+            check(target, near, writable=writable)
+        else:
             check_room(target, source.size)
             check_idle(target)
-        else:
-            check(target, source, writable=writable)
         folder = folder_of(target, paths)
         with contextlib.ExitStack() as held:
             lock = lock_of(folder, paths)
@@ -144,6 +148,11 @@ class Replica:
     def writes(self) -> list[Path]:
         """What is written to on the way to a point."""
         return [self.folder, Path(self.target.path)]
+
+    def source_has(self, size: int) -> None:
+        """The source, which is not on this host, has so many bytes by now."""
+        if isinstance(self._source, Origin):
+            self._source = replace(self._source, size=size)
 
     def check_room(self) -> None:
         """Refused if it cannot hold the source as that is by now."""
@@ -280,8 +289,14 @@ class Replica:
         )
 
     def _belongs(self, record: Record, link: str | None) -> str:
-        if isinstance(self._source, BlockDevice) and not record.source.is_of(self._source):
-            return f"is a replica of {record.source.device} ({record.source.name or 'no name'})"
+        source, own = record.source, self._source
+        if isinstance(own, BlockDevice):
+            known = source.is_of(own)
+        else:
+            known = link is not None or source.is_as(own)
+        if not known:
+            host = "" if isinstance(own, BlockDevice) else " of another host"
+            return f"is a replica of {source.device} ({source.name or 'no name'}){host}"
         if link is not None and record.link != link:
             return f"belongs to another link of {record.source.device} ({record.link})"
         return ""

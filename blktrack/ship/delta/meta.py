@@ -35,7 +35,9 @@ class Header:
 
     def encode(self) -> bytes:
         """DeltaInvalid if no reader would take it."""
-        raw = _encode(asdict(self))
+        value = asdict(self)
+        del value["source"]["host"]
+        raw = _encode(value)
         type(self).decode(raw)
         return raw
 

@@ -55,9 +55,7 @@ class Link:
             )
             stack.callback(self._count, channel)
             try:
-                hello.greet(
-                    channel.fill, channel.write, peer=address.name, patience=wire.patience
-                )
+                hello.greet(channel.fill, channel.write, peer=address.name, patience=wire.patience)
             except ConnectionLost as error:
                 raise connection.failure() from error
             channel.patience = wire.patience

@@ -14,12 +14,10 @@ from blktrack.observer import NOBODY, Observer
 from blktrack.point import Point
 from blktrack.ship.address import Address
 from blktrack.ship.fields import Fields
-from blktrack.ship.record import Origin, Record, State, host_id
+from blktrack.ship.record import Origin, Record, Seal, State, host_id
 from blktrack.ship.remote.connect import Link, Wire
 from blktrack.ship.remote.end import FarEnd
-from blktrack.ship.serve import digest_of
 from blktrack.ship.wire import digests
-from blktrack.ship.wire.errors import ProtocolError
 from blktrack.ship.wire.message import Kind
 from blktrack.sysfs import BlockDevice, boot_id
 
@@ -38,7 +36,7 @@ class FarStage:
 
         extents -- all of it, with what earlier connections staged.
         """
-        value = {"extents": digest_of(extents), "point": asdict(point)}
+        value = {"extents": digests.of_extents(extents), "point": asdict(point)}
         self._replica.ask(Kind.SEAL, value, lasting=True)
 
     def __enter__(self) -> Self:
@@ -59,7 +57,6 @@ class RemoteReplica:
     changed: str
     blank: bool
     stage_id: str  # of what an earlier connection staged for the next point; "" if there is none
-    finished: Point | None
     end: FarEnd
 
     def __init__(self, link: Link, source: BlockDevice) -> None:
@@ -112,11 +109,10 @@ class RemoteReplica:
         if not writable:
             return
         self.link = found.uuid("link")
-        self.record = _record(found, "record")
+        self.record = _record(found)
         self.changed = found.text("changed")
         self.blank = found.flag("blank")
         self.stage_id = found.text("stage")
-        self.finished = found.point("finished") if found.has("finished") else None
         if found.text("boot") == boot_id():
             paths = found.get("writes")
             self.writes = [Path(str(path)) for path in paths] if isinstance(paths, list) else []
@@ -170,3 +166,28 @@ class RemoteReplica:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _record(found: Fields) -> Record | None:
+    """What is told of the record: its seal is the keeper's to judge."""
+    if not found.has("record"):
+        return None
+    record = found.inner("record")
+    source = record.inner("source")
+    state = record.text("state")
+    if state not in tuple(State):
+        record.refuse("state")
+    return Record(
+        link=record.uuid("link"),
+        source=Origin(
+            source.text("device"),
+            source.text("name"),
+            source.number("size"),
+            source.text("generation"),
+            source.text("host"),
+        ),
+        state=State(state),
+        point=record.point("point") if record.has("point") else None,
+        seal=Seal(source.number("size"), "", "", "", ""),
+        next=record.point("next") if record.has("next") else None,
+    )

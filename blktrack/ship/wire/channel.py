@@ -11,7 +11,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from blktrack.ship.delta.pipe import Sink, Source
@@ -160,5 +160,3 @@ class Channel:
 
     def _lost(self, why: str) -> ConnectionLost:
         return ConnectionLost(self.peer, why)
-
-

@@ -12,6 +12,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from blktrack.extent import ExtentArray
 from blktrack.linux import PAGE, Buffer
 from blktrack.ship.plan import Piece
 
@@ -119,3 +122,9 @@ def _extend(runs: list[Piece], piece: Piece) -> None:
             runs[-1] = Piece(start, length + piece.length, at)
             return
     runs.append(piece)
+
+
+def of_extents(extents: ExtentArray) -> str:
+    """By which both sides know that they mean the same extents."""
+    rows = np.ascontiguousarray(extents, dtype="<i8")
+    return hashlib.blake2b(rows.data, digest_size=20).hexdigest()

@@ -24,12 +24,3 @@ class ProtocolError(BlktrackError):
             f"{peer} breaks the protocol: {what}",
             hint=hint or "use the same version of blktrack on both hosts",
         )
-
-
-class FarError(BlktrackError):
-    """What went wrong on the other side, as it told it; `kind` is the class that it had there."""
-
-    def __init__(self, peer: str, message: str, *, hint: str, exit_code: int, kind: str) -> None:
-        super().__init__(f"{peer}: {message}", hint=hint)
-        self.exit_code = exit_code
-        self.kind = kind
