@@ -32,7 +32,7 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
         make_directory(path.parent)
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=_without_following) as file:
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
             file.write(data)
@@ -49,6 +49,11 @@ def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
             f"cannot write {path}: {error.strerror}",
             hint="free space on that file system or make it writable, then run the command again",
         ) from error
+
+
+def _without_following(path: str, flags: int) -> int:
+    """What is left of a death is written over; never what a link in its place leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -41,7 +41,8 @@ COMMANDS = {
     "completion": "what a shell needs to complete commands and options",
     "help": "what a command does, as its --help",
 }
-_NEEDS_ROOT = set(COMMANDS) - {"doctor", "config", "help", "completion"}
+# recv: a replica file is written by whoever may write it.
+_NEEDS_ROOT = set(COMMANDS) - {"doctor", "recv", "config", "help", "completion"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

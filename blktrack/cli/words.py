@@ -21,7 +21,7 @@ _KINDS = {
     "COMMAND": "command",
 }
 # Where DEVICE is most likely none of the tracked ones, or may be a replica.
-_OTHERS = {"blktrack track": "block", "blktrack status": "either"}
+_OTHERS = {"blktrack track": "block", "blktrack status": "either", "blktrack recv": "block"}
 
 # Of every tracked device, or link, as its JSON in `state` holds them: one key a line.
 TRACKED = r"""sed -n 's/^ "path": "\([^"\\]*\)",\{0,1\}$/\1/p' """ + (

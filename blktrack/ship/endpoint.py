@@ -82,7 +82,9 @@ class FileEnd(Endpoint):
     def __init__(self, path: str, *, writable: bool = False) -> None:
         mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         try:
-            self._fd = os.open(path, mode)
+            # Links were resolved where it was looked at whether this may be written: one that is
+            # there now was put there since.
+            self._fd = os.open(path, mode | (os.O_NOFOLLOW if writable else 0))
         except OSError as error:
             raise EndError(path, "open", None, error) from error
         try:

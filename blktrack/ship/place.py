@@ -19,6 +19,7 @@ from blktrack.ship.target import Target
 from blktrack.sysfs import boot_id
 
 RECORD = "replica.json"
+STATE = ".blktrack"  # after the name of a file: the folder of its state
 
 
 class Place:
@@ -92,7 +93,7 @@ def folder_of(target: Target, paths: Paths) -> Path:
     """Where the state of a target is kept."""
     device = target.device
     if device is None:
-        return Path(f"{target.path}.blktrack")
+        return Path(f"{target.path}{STATE}")
     name = device.permanent_name or f"{device.name}:{device.diskseq}:{boot_id()}"
     words = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")[:40]
     return paths.lib / "replicas" / f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

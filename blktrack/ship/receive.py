@@ -22,6 +22,7 @@ from blktrack.report import RecvReport
 from blktrack.ship.delta import DeltaInvalid, DeltaReader, Header, Kind
 from blktrack.ship.delta.pipe import Source
 from blktrack.ship.endpoint import DeviceEnd, Endpoint
+from blktrack.ship.jail import Jail
 from blktrack.ship.record import State
 from blktrack.ship.replica import Replica
 
@@ -34,10 +35,12 @@ def receive(
     paths: Paths,
     *,
     force: bool = False,
+    jail: Jail | None = None,
     observer: Observer = NOBODY,
 ) -> RecvReport:
     """Bring the replica at `target` to the point that a delta leads to.
 
+    jail -- of which `target` was admitted: its limits hold.
     observer -- is told of the bytes of the stream in the phase that it is in, then of others.
 
     Raises DeltaError for a stream that is not a whole delta, Refused for a target that it does not
@@ -45,6 +48,8 @@ def receive(
     """
     reader = DeltaReader(file)
     header = reader.header
+    if jail is not None:
+        jail.check_size(target, header.size)
     with Replica.open(
         target, source=header.source, link=header.link, paths=paths, force=force, observer=observer
     ) as replica:
@@ -52,6 +57,8 @@ def receive(
         frames = _Frames(reader, observer.done)
         if replica.has_point:
             with replica.stage() as stage:
+                if jail is not None:
+                    frames.check = lambda: jail.check_staging(target, stage.end.taken)
                 extents = frames.into(stage.end, blocks=replica.end)
                 if not force:
                     _check_forward(replica, reader.trailer.point)
@@ -124,6 +131,8 @@ def _check_forward(replica: Replica, point: Point) -> None:
 class _Frames:
     """The frames of a delta on their way to an end."""
 
+    check: Callable[[], None] | None = None  # called after each
+
     def __init__(self, reader: DeltaReader, progress: Callable[[int], None]) -> None:
         self._reader = reader
         self._progress = progress
@@ -149,6 +158,8 @@ class _Frames:
             else:
                 end.zero(frame.start, frame.length)
             self._note(frame.start, frame.length)
+            if self.check is not None:
+                self.check()
             self._progress(self._reader.offset)
         self._reader.expect_end()
         self._check_whole()
