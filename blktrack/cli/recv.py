@@ -21,7 +21,6 @@ import select
 import stat
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 from blktrack.cli import forced
@@ -139,7 +138,8 @@ def _jail(args: argparse.Namespace) -> Jail | None:
 
 def _serve(jail: Jail | None) -> int:
     """Standard output is the wire: whatever prints goes to standard error from here on."""
-    serve = import_module("blktrack.ship.serve").serve
+    from blktrack.ship.keeper import serve
+
     with (
         open(0, "rb", buffering=0, closefd=False) as source,
         open(os.dup(1), "wb", buffering=0) as sink,

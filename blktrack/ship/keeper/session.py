@@ -122,7 +122,10 @@ class Session:
 
     def _admit(self, target: str, size: int, force: bool) -> str:
         if self._jail is not None:
-            return self._jail.admit(target, size=size, force=force)
+            path = self._jail.admit(target)
+            self._jail.check_force(asked=force)
+            self._jail.check_size(path, size)
+            return path
         if not target.startswith("/"):
             raise Refused(f"{target} is not a full path", hint="write it as ssh://HOST/PATH")
         return target
