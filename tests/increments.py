@@ -150,7 +150,8 @@ some_kinds = pytest.mark.parametrize("kind", ["tmpfs", "512"])
 POINTS = crash_points(TOP / "blktrack" / "ship")
 RESIZED = "apply-resized"  # where the source has another size than before
 NEVER = ("copy-flushed", "copy-checkpoint")  # of a copy that is not staged
-ON_THE_WAY = [name for name in POINTS if name not in (RESIZED, *NEVER)]
+KEPT = [name for name in POINTS if name.startswith("part-")]  # of a stage that is made to be kept
+ON_THE_WAY = [name for name in POINTS if name not in (RESIZED, *NEVER, *KEPT)]
 FILES = [f"file-{step}:{turn}" for step in ("written", "renamed") for turn in range(1, 5)]
 
 

@@ -34,7 +34,7 @@ from blktrack.ship.pack import ZERO, Unpacker
 from blktrack.ship.place import RECORD, Place, folder_of, lock_of
 from blktrack.ship.record import Origin, Record, State
 from blktrack.ship.reflink import share
-from blktrack.ship.stage import Stage, discard, is_left
+from blktrack.ship.stage import Stage, discard, is_due
 from blktrack.ship.target import Target, check_idle
 from blktrack.units import format_size
 
@@ -112,7 +112,8 @@ def settle(
     stop: threading.Event | None = None,
     observer: Observer = NOBODY,
 ) -> tuple[Point | None, str]:
-    """Finish what an earlier run sealed for a replica, or drop it where it does not fit.
+    """Finish what an earlier run sealed for a replica, or drop it where it does not fit. What is
+    kept for it unsealed is left to whoever goes on with it, or dropped where it does not fit.
 
     changed -- what happened to the replica since its record was written.
 
@@ -123,7 +124,7 @@ def settle(
     assert record is not None
     begun = record.next is not None
     try:
-        stage = Stage.find(place.folder)
+        stage = Stage.find(place.folder, None if changed else record)
     except StageDamaged as error:
         if not begun:
             discard(place.folder)
@@ -169,7 +170,7 @@ def finish(
             f"{name} is at no point: an increment that is written into it has not ended",
             hint="run blktrack sync: it goes on with that",
         )
-    if seen is None or not target.exists or not (is_left(folder) or seen.next):
+    if seen is None or not target.exists or not (is_due(folder) or seen.next):
         return seen
     check_idle(target)
     with contextlib.ExitStack() as held:

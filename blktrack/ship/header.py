@@ -19,14 +19,13 @@ import numpy as np
 from blktrack.durable import read_json, write_json
 from blktrack.errors import BlktrackError
 from blktrack.point import Point
-from blktrack.ship.pack import Index, fault
+from blktrack.ship.pack import ROW, Index, fault
 from blktrack.ship.record import Record, State
 
 INDEX, HEADER = "incoming.index", "incoming.json"
 FORMAT = 1
 LOST = "it was left between two points, and the increment between them is gone"
-_MOST_HEADER = 64 << 10  # bytes
-_ROW = 24  # bytes of a row in its file
+MOST_HEADER = 64 << 10  # bytes
 _LEVELS = ("none", "crash", "filesystem")
 
 
@@ -75,7 +74,7 @@ class Header:
         """None where none is sealed. StageDamaged, or BlktrackError if a newer version wrote it."""
         path = folder / HEADER
         with contextlib.suppress(OSError):
-            if path.stat().st_size > _MOST_HEADER:
+            if path.stat().st_size > MOST_HEADER:
                 raise StageDamaged(folder, f"{HEADER} is too long")
         try:
             value = read_json(path)
@@ -84,19 +83,19 @@ class Header:
         if value is None:
             return None
         try:
-            if _number(value, "format") > FORMAT:
+            if number(value, "format") > FORMAT:
                 raise BlktrackError(
                     f"{path} was written by a newer blktrack", hint="upgrade blktrack on this host"
                 )
             return cls(
-                link=_text(value, "link"),
-                base=_point(value["base"]),
-                point=_point(value["point"]),
-                size=_number(value, "size"),
-                packed=_number(value, "packed"),
-                extents=_number(value, "extents"),
-                digest=_text(value, "digest"),
-                written=_number(value, "written"),
+                link=text(value, "link"),
+                base=point_of(value["base"]),
+                point=point_of(value["point"]),
+                size=number(value, "size"),
+                packed=number(value, "packed"),
+                extents=number(value, "extents"),
+                digest=text(value, "digest"),
+                written=number(value, "written"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StageDamaged(folder, f"{HEADER}: {error!r}") from error
@@ -108,7 +107,7 @@ def read_index(folder: Path, header: Header) -> Index:
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
-            if length != header.extents * _ROW:
+            if length != header.extents * ROW:
                 raise StageDamaged(folder, f"{INDEX} has not {header.extents} extents")
             data = file.read(length)
     except OSError as error:
@@ -121,24 +120,24 @@ def read_index(folder: Path, header: Header) -> Index:
     return index
 
 
-def _number(value: dict[str, Any], key: str) -> int:
+def number(value: dict[str, Any], key: str) -> int:
     found = value[key]
     if type(found) is not int or not 0 <= found < 1 << 63:
         raise ValueError(f"{key} is {str(found)[:40]!r}")
     return found
 
 
-def _text(value: dict[str, Any], key: str) -> str:
+def text(value: dict[str, Any], key: str) -> str:
     found = value[key]
     if not isinstance(found, str):
         raise ValueError(f"{key} is {str(found)[:40]!r}")
     return found
 
 
-def _point(value: dict[str, Any]) -> Point:
+def point_of(value: dict[str, Any]) -> Point:
     time, level = value["time"], value["consistency"]
     if not isinstance(time, int | float) or not math.isfinite(time):
         raise ValueError("a point has no time")
     if level not in _LEVELS:
         raise ValueError("a point has no consistency")
-    return Point(_number(value, "epoch"), _text(value, "generation"), time, level)
+    return Point(number(value, "epoch"), text(value, "generation"), time, level)

@@ -21,33 +21,59 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from blktrack.errors import CopyFailed
 from blktrack.linux import PAGE, Buffer
 from blktrack.ship.aio import RequestQueue
 from blktrack.ship.end import EndError, Endpoint
 from blktrack.ship.endpoint import FileEnd
 from blktrack.ship.plan import Piece
+from blktrack.units import format_size
 
 # Shape (n, 3), see above. A resolved one is sorted by start and disjoint.
 Index = NDArray[np.int64]
 
 ZERO = -1
+ROW = 24  # bytes of a row
 _GATHER = 1 << 20  # bytes of small writes that wait for each other
 _LARGE = 256 << 10  # a write of so much goes alone
 _STEP = 64 << 20  # by which the file grows: a write beyond its end is a slow one
 
 
+class TooMuchStaged(CopyFailed):
+    """What is staged may not become larger; what was taken so far can be kept."""
+
+    def __init__(self, path: str, most: int) -> None:
+        super().__init__(
+            f"the increment staged in {path} is larger than the {format_size(most)} that it may be",
+            hint="allow more where the replica is (--max-staging), or run blktrack sync --in-place:"
+            " it stages nothing, but the replica is at no point until it ends",
+        )
+
+
 class Packer(Endpoint):
     """The end of a copy that packs what is written to it, from several threads at once."""
 
-    def __init__(self, file: FileEnd, size: int) -> None:
-        """file -- empty, and this one's from here on. size -- of the source."""
+    def __init__(
+        self,
+        file: FileEnd,
+        size: int,
+        rows: Index | None = None,
+        most: int | None = None,
+    ) -> None:
+        """file -- this one's from here on. size -- of the source. rows -- of what is in the file
+        already, all of whose bytes they speak for; without them it is empty. most -- bytes that the
+        file and its rows may take; TooMuchStaged for what is written beyond."""
         super().__init__(file.path, size, align=1)
         self._file = file
-        self._rows = array("q")
+        self._rows = array("q")  # of what is in the file
+        self._late = array("q")  # of what waits, and of zeroes that came after it
+        if rows is not None:
+            self._rows.frombytes(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
         self._lock = threading.Lock()
-        self._used = self._grown = 0
+        self._used = self._grown = file.size
+        self._most = most
         self._waiting: Buffer | None = None
-        self._fill = self._place = 0  # of what waits: bytes, and where they go
+        self._fill = 0  # bytes of what waits
         self._zero_ways = [self._note_zero]
 
     def fileno(self) -> int:
@@ -62,7 +88,22 @@ class Packer(Endpoint):
     def index(self) -> Index:
         """Rows as they were written."""
         with self._lock:
-            return np.array(self._rows, dtype=np.int64).reshape(-1, 3)
+            return np.array(self._rows + self._late, dtype=np.int64).reshape(-1, 3)
+
+    def settle(self, first: int) -> tuple[Index, int]:
+        """Write what waits; the rows from number `first` on, and the length of the file that they
+        need. Durable after `flush_file`."""
+        with self._lock:
+            self._pass_on()
+            rows = np.array(self._rows[3 * first :], dtype=np.int64).reshape(-1, 3)
+            return rows, self._used
+
+    def flush_file(self) -> None:
+        """Make what is in the file durable."""
+        try:
+            os.fdatasync(self._file.fileno())
+        except OSError as error:
+            raise EndError(self.path, "flush", None, error) from error
 
     def finish(self) -> int:
         """Write what waits, cut the file to what is used and make it durable; its length."""
@@ -99,23 +140,35 @@ class Packer(Endpoint):
         with self._lock:
             if self._waiting is None:
                 self._waiting = Buffer(_GATHER)
+            self._check_room(room)
             if self._fill + room > _GATHER:
                 self._pass_on()
             at = self._fill + shift
             self._waiting.view[at : at + length] = view
             self._fill += room
-            self._rows.extend((offset, length, self._used + at))
+            self._late.extend((offset, length, self._used + at))
 
     def _pass_on(self) -> None:
-        """Write what waits, at the end; the rows of it say so already."""
+        """Write what waits, at the end, as its rows say already. If that fails, they go."""
+        late, self._late = self._late, array("q")
         if self._fill and self._waiting is not None:
             at, fill, self._fill = self._used, self._fill, 0
             self._used += fill
             self._grow()
             self._file.write(self._waiting.view[:fill], at)
+        self._rows.extend(late)
+
+    def _check_room(self, room: int) -> None:
+        """TooMuchStaged if so many bytes and their row would be too many."""
+        if self._most is None:
+            return
+        rows = (len(self._rows) + len(self._late)) // 3 + 1
+        if self._used + self._fill + room + rows * ROW > self._most:
+            raise TooMuchStaged(self.path, self._most)
 
     def _reserve(self, room: int) -> int:
         with self._lock:
+            self._check_room(room)
             self._pass_on()
             at = self._used
             self._used += room
@@ -130,7 +183,9 @@ class Packer(Endpoint):
 
     def _note_zero(self, start: int, length: int) -> None:
         with self._lock:
-            self._rows.extend((start, length, ZERO))
+            self._check_room(0)
+            # It may override what waits.
+            (self._late if self._late else self._rows).extend((start, length, ZERO))
 
     def _read(self, view: memoryview, offset: int) -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -203,7 +258,7 @@ def resolve(index: Index) -> Index:
     order = np.argsort(index[:, 0], kind="stable")
     rows = index[order]
     if len(rows) < 2 or (rows[1:, 0] >= rows[:-1, 0] + rows[:-1, 1]).all():
-        return _joined(rows)
+        return joined(rows)
     start, end = index[:, 0], index[:, 0] + index[:, 1]
     edges = np.unique(np.concatenate([start, end]))
     owner = np.full(len(edges), -1, dtype=np.int64)  # of what begins at each edge
@@ -215,10 +270,10 @@ def resolve(index: Index) -> Index:
     whose = index[owner[begins]]
     low, high = edges[begins], edges[ends]
     places = np.where(whose[:, 2] == ZERO, ZERO, whose[:, 2] + low - whose[:, 0])
-    return _joined(np.stack([low, high - low, places], axis=1))
+    return joined(np.stack([low, high - low, places], axis=1))
 
 
-def _joined(index: Index) -> Index:
+def joined(index: Index) -> Index:
     """Rows that go on where the one before ends, both here and in the pack, as one."""
     if len(index) < 2:
         return index
@@ -236,16 +291,22 @@ def _joined(index: Index) -> Index:
 def fault(index: Index, size: int, packed: int) -> str:
     """Why this is no resolved index of a source of `size` bytes and a pack of `packed`; "" if it
     is."""
+    if why := fault_of_rows(index, size, packed):
+        return why
+    if (index[1:, 0] < index[:-1, 0] + index[:-1, 1]).any():
+        return "the extents are not sorted, or overlap"
+    return ""
+
+
+def fault_of_rows(index: Index, size: int, packed: int) -> str:
+    """The same of rows in any order, which may override each other."""
     if not len(index):
         return ""
     start, length, place = index.T
-    # With both within the size no sum can overflow.
+    # With both within the size no difference can overflow.
     if start.min() < 0 or length.min() <= 0 or start.max() > size or length.max() > size:
         return "an extent has no place"
-    end = start + length
-    if (start[1:] < end[:-1]).any():
-        return "the extents are not sorted, or overlap"
-    if end[-1] > size:
+    if (start > size - length).any():
         return "an extent is beyond the end"
     data = place != ZERO
     if (place[data] < 0).any() or (place[data] > packed - length[data]).any():

@@ -5,12 +5,12 @@
     /dev/...                                a replica device, claimed (O_EXCL) while in use
     <lib>/replicas/ID/replica.json          its record; ID follows the device, not its name
     <run>/replicas/ID.lock                  held while in use
-    incoming.pack, .index, .json            beside the record: a staged increment, see `stage`
+    incoming.pack, .index, .json, .part     beside the record: a staged increment, see `stage`
 
 An increment is staged beside the replica and sealed, which commits it, then applied: see `apply`.
-A crash before the seal leaves the old point and nothing else; one after it leaves what `open`
-finishes before anything else. So whoever opened a replica to write it has it at one point, the old
-or the new, unless `changed` says why not.
+A crash before the seal leaves the old point, and what `partial` goes on with if the stage was made
+to be kept; one after it leaves what `open` finishes before anything else. So whoever opened a
+replica to write it has it at one point, the old or the new, unless `changed` says why not.
 
 Copies in place have no point to protect, as initial ones and resyncs, or are asked to give it up,
 as an increment for which there is no room beside the replica. `begin` records that the bytes
@@ -158,8 +158,11 @@ class Replica:
         """Refused if it cannot hold the source as that is by now."""
         check_room(self.target, self._source.size)
 
-    def stage(self) -> Stage:
+    def stage(self, *, keep: bool = False, most: int | None = None) -> Stage:
         """Begin an increment beside the replica, which stays at its point. An older one is dropped.
+
+        keep -- for `partial` to find if it is not sealed. most -- bytes that it may take beside the
+        replica: TooMuchStaged.
 
         ValueError if the replica is at no point: it is then copied or compared in place.
         """
@@ -168,7 +171,19 @@ class Replica:
             raise ValueError("an increment has no point to start from")
         if self.changed:
             raise ValueError(f"an increment for a replica that {self.changed}")
-        return Stage.create(self.folder, self._source.size, link=self.link, base=record.point)
+        size = self._source.size
+        return Stage.create(
+            self.folder, size, link=self.link, base=record.point, keep=keep, most=most
+        )
+
+    def partial(self, *, most: int | None = None) -> Stage | None:
+        """The increment that was begun to be kept, to go on with it: None if there is none from the
+        point of the replica, or the source has another size by now. Only one may be open."""
+        record = self.record
+        if record is None or record.point is None or not self.has_point:
+            return None
+        size = self._source.size
+        return Stage.resume(self.folder, link=self.link, base=record.point, size=size, most=most)
 
     def apply(
         self,
