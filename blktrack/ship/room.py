@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from blktrack.errors import CopyFailed
 from blktrack.extent import ExtentArray, total
@@ -35,6 +36,11 @@ class NoRoom(CopyFailed):
             hint=f"free space there ({format_size(free)} of it is free), or run blktrack sync"
             " --in-place: it needs none, but the replica is at no point until it ends",
         )
+
+    @classmethod
+    def after(cls, folder: Path, staged: int, error: EndError) -> Self:
+        """Of one that was begun: so much of it was staged, and is dropped."""
+        return cls(folder, staged, _free(folder) or 0, os.strerror(error.errno))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,9 +18,10 @@ from blktrack.ship.fields import Fields
 from blktrack.ship.jail import Jail
 from blktrack.ship.keeper.data import Data
 from blktrack.ship.keeper.wrong import wrong
-from blktrack.ship.pack import resolve
+from blktrack.ship.pack import TooMuchStaged, resolve
 from blktrack.ship.record import Origin, State
 from blktrack.ship.replica import Replica
+from blktrack.ship.room import NoRoom
 from blktrack.ship.stage import Stage
 from blktrack.ship.wire import digests
 from blktrack.ship.wire.channel import Channel
@@ -106,7 +107,7 @@ class Session:
         )
         self._data.reads = replica.end
         self._data.unit = replica.end.align if isinstance(replica.end, DeviceEnd) else 1
-        if partial := replica.partial():
+        if partial := replica.partial(most=self._most_staging):
             self._partial = self._held.enter_context(partial)
         return {
             "link": replica.link,
@@ -153,10 +154,14 @@ class Session:
             self._stage, self._partial = self._partial, None
         else:
             self._leave_partial()
-            most = self._jail.most_staging if self._jail else None
-            self._stage = self._held.enter_context(replica.stage(keep=True, most=most))
+            stage = replica.stage(keep=True, most=self._most_staging)
+            self._stage = self._held.enter_context(stage)
         self._data.writes = self._stage.end
         return {"id": self._stage.id, "folder": str(replica.folder)}
+
+    @property
+    def _most_staging(self) -> int | None:
+        return self._jail.most_staging if self._jail else None
 
     def _leave_partial(self) -> None:
         if self._partial is not None:
@@ -164,13 +169,20 @@ class Session:
             self._partial = None
 
     @contextlib.contextmanager
-    def _room_kept(self) -> Any:
+    def _room_kept(self) -> Iterator[None]:
         """A stage that has filled its file system goes, so that others there can go on."""
+        stage, replica = self._stage, self._replica
         try:
             yield
         except EndError as error:
-            if self._stage is not None and error.errno in _FULL:
-                self._stage.drop()
+            if stage is None or replica is None or error.errno not in _FULL:
+                raise
+            staged = int(stage.end.index()[:, 1].sum())
+            stage.drop()
+            raise NoRoom.after(replica.folder, staged, error) from error
+        except TooMuchStaged:
+            if stage is not None:
+                stage.drop()
             raise
 
     def _flush(self, fields: Fields) -> None:

@@ -26,16 +26,31 @@ _AGAIN = ("NotTracked", "NoPoint", "Busy", "UsageError", "Refused", "DeviceLost"
 class Client:
     """Thread-safe. What fails, fails for all: an error of the keeper ends the connection."""
 
-    def __init__(self, channel: Channel, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        stop: threading.Event,
+        explain: Callable[[ConnectionLost], Exception],
+    ) -> None:
+        """explain -- why the connection was lost, if more is known of that."""
         self._channel = channel
+        self._explain = explain
         self._stop = stop
         self._numbers = count(1)
         self._lock = threading.Lock()
         self._boxes: dict[int, queue.SimpleQueue[Message | Exception]] = {}
         self._error: Exception | None = None
+        self._closing = False
         self._reader = threading.Thread(target=self._read, name="answers", daemon=True)
         self._reader.start()
         channel.beat(Kind.PING)
+
+    def close(self, end: Callable[[], None]) -> None:
+        """Pass on what waits, `end` the stream to the keeper, and wait for it to end its own."""
+        self._closing = True
+        self._channel.close()
+        end()
+        self._reader.join(timeout=_GRACE)
 
     def tell(self, parts: Sequence[bytes | memoryview], *, now: bool = False) -> None:
         """Send what has no answer."""
@@ -124,12 +139,18 @@ class Client:
                     box = self._boxes.get(message.request)
                 if box is not None:
                     box.put(message)
+        except ConnectionLost as error:
+            if not self._closing:
+                self._fail(self._explain(error))
         except Exception as error:  # handed to whoever waits, and to whoever sends
-            self._error = error
-            self._channel.fail(error)
-            with self._lock:
-                for box in self._boxes.values():
-                    box.put(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._channel.fail(error)
+        with self._lock:
+            for box in self._boxes.values():
+                box.put(error)
 
     def _why(self) -> Exception:
         """The keeper may have said why it ended; its last words come after the end of the pipe."""

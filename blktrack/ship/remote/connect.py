@@ -40,10 +40,15 @@ class Link:
     def __init__(self, address: Address, wire: Wire, stop: threading.Event) -> None:
         """ConnectionFailed if there is none to be had, ProtocolError."""
         self.address = address
-        self._wire = wire
+        self.wire = wire
         with contextlib.ExitStack() as stack:
             connection = stack.enter_context(
-                Connection.open(address, interactive=wire.interactive, connect_timeout=CONNECT)
+                Connection.open(
+                    address,
+                    interactive=wire.interactive,
+                    connect_timeout=CONNECT,
+                    dead_after=wire.patience,
+                )
             )
             pace = Throttle(wire.limit) if wire.limit.least else None
             channel = Channel(
@@ -53,19 +58,31 @@ class Link:
                 patience=3600.0 if wire.interactive else 2 * CONNECT,
                 pace=pace,
             )
+            self._connection = connection
             stack.callback(self._count, channel)
             try:
                 hello.greet(channel.fill, channel.write, peer=address.name, patience=wire.patience)
             except ConnectionLost as error:
-                raise connection.failure() from error
+                raise connection.failure(up=False) from error
             channel.patience = wire.patience
-            self.client = Client(channel, stop)
-            stack.callback(channel.close)
+            self.client = Client(channel, stop, self._explain)
+            stack.callback(self.client.close, self._end)
             self._held = stack.pop_all()
 
     def _count(self, channel: Channel) -> None:
-        self._wire.sent += channel.sent
-        self._wire.received += channel.received
+        self.wire.sent += channel.sent
+        self.wire.received += channel.received
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.sink.close()
+
+    def _explain(self, error: ConnectionLost) -> Exception:
+        """What ssh says of it, if it has ended; silence is told by nobody."""
+        if error.silent:
+            self._connection.kill()
+            return error
+        return self._connection.failure(up=True)
 
     def close(self) -> None:
         self._held.close()

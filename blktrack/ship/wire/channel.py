@@ -100,7 +100,8 @@ class Channel:
             if self._closed.is_set():
                 raise self._error or self._lost("it was closed")
             if time.monotonic() > until:
-                raise self._lost(f"nothing was heard for {self.patience:g} s")
+                why = f"nothing was heard for {self.patience:g} s"
+                raise ConnectionLost(self.peer, why, silent=True)
 
     def beat(self, kind: Kind) -> None:
         """From now on let the other side know that this one lives."""

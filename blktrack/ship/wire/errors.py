@@ -8,12 +8,12 @@ from blktrack.errors import BlktrackError, CopyFailed
 class ConnectionLost(CopyFailed):
     """The other side is gone, or silent for too long. What it held durably it still holds."""
 
-    def __init__(self, peer: str, why: str, *, hint: str = "") -> None:
+    def __init__(self, peer: str, why: str, *, silent: bool = False) -> None:
         super().__init__(
             f"the connection to {peer} was lost: {why}",
-            hint=hint or "run the command again: it goes on where this ended",
+            hint="run the command again: it goes on where this ended",
         )
-        self.peer = peer
+        self.silent = silent  # it did not end, but nothing came any more
 
 
 class ProtocolError(BlktrackError):
