@@ -52,10 +52,10 @@ class Client:
         end()
         self._reader.join(timeout=_GRACE)
 
-    def tell(self, parts: Sequence[bytes | memoryview], *, now: bool = False) -> None:
-        """Send what has no answer."""
+    def tell(self, parts: Sequence[bytes | memoryview], *, now: bool = False) -> float:
+        """Send what has no answer; the seconds that sending took."""
         try:
-            self._channel.send(parts, now=now)
+            return self._channel.send(parts, now=now)
         except ConnectionLost:
             raise self._why() from None
 

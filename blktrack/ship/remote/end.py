@@ -28,7 +28,7 @@ class FarEnd(Endpoint):
         self._client = client
         self._key = key
         self._level = level
-        self._compressor = Compressor()
+        self._compressor = Compressor(1)
         self._zero_ways = [self._send_zero]
 
     def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
@@ -47,18 +47,13 @@ class FarEnd(Endpoint):
         codec, data, begun = Codec.NONE, list[bytes | memoryview](parts), time.monotonic()
         if level is not None:
             whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-            if packed := self._compressor.compress(whole, level):
+            if packed := self._compressor.compress(whole):
                 codec, data = Codec.ZSTD, [packed]
-        packed_at = time.monotonic()
+        compress_s = time.monotonic() - begun if level is not None else 0.0
         message = pack(Kind.WRITE, rows=rows, data=data, codec=codec, length=length)
-        self._client.tell(message)
-        self._level.note(
-            level,
-            length,
-            sum(len(part) for part in data),
-            packed_at - begun,
-            time.monotonic() - packed_at,
-        )
+        send_s = self._client.tell(message)
+        stored = sum(len(part) for part in data)
+        self._level.note(level, length, stored, compress_s, send_s)
 
     def _send_zero(self, start: int, length: int) -> None:
         self._client.tell(pack(Kind.ZERO, rows=[(start, length)]))

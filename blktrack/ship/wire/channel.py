@@ -57,9 +57,13 @@ class Channel:
         self._reader = Reader(self.fill)
         os.set_blocking(sink.fileno(), False)
 
-    def send(self, parts: Sequence[bytes | memoryview], *, now: bool = True) -> None:
-        """Send a message. Not `now`: it may wait for the next one, or for a beat."""
+    def send(self, parts: Sequence[bytes | memoryview], *, now: bool = True) -> float:
+        """Send a message; the seconds that this took, without waiting for other senders.
+
+        Not `now`: it may wait for the next one, or for a beat.
+        """
         with self._lock:
+            begun = time.monotonic()
             for part in parts:
                 if len(part) >= _GATHER:
                     self._pass_on()
@@ -68,6 +72,7 @@ class Channel:
                     self._waiting += part
             if now or len(self._waiting) >= _GATHER:
                 self._pass_on()
+            return time.monotonic() - begun
 
     def write(self, data: bytes) -> None:
         """Send what is no message."""
