@@ -169,10 +169,35 @@ def extents(words: Words, granularity: int, size: int, index: Indices | None = N
     return found
 
 
-def clear_extents(words: Words, granularity: int, size: int, done: ExtentArray) -> None:
-    """Clear the granules wholly inside `done`; one that `size` cuts off counts as whole."""
-    for start, length in done.tolist():
+def whole_granules(granularity: int, size: int, inside: ExtentArray) -> Iterator[tuple[int, int]]:
+    """(first, count) of those wholly inside each extent; one that `size` cuts off counts as whole.
+
+    The count is 0 or less where there are none.
+    """
+    for start, length in inside.tolist():
         end = start + length
         first = -(-start // granularity)
         last = granules_for(size, granularity) if end >= size else end // granularity
-        clear_range(words, first, last - first)
+        yield first, last - first
+
+
+def set_extents(words: Words, granularity: int, size: int, done: ExtentArray) -> None:
+    """Set the granules wholly inside `done`."""
+    for first, count in whole_granules(granularity, size, done):
+        set_range(words, first, count)
+
+
+def clear_extents(words: Words, granularity: int, size: int, done: ExtentArray) -> None:
+    """Clear the granules wholly inside `done`."""
+    for first, count in whole_granules(granularity, size, done):
+        clear_range(words, first, count)
+
+
+def words_of(granularity: int, size: int, inside: ExtentArray) -> Indices:
+    """Numbers of the words that hold the granules wholly inside extents, ascending."""
+    found = [
+        np.arange(first // BITS, words_for(first + count))
+        for first, count in whole_granules(granularity, size, inside)
+        if count > 0
+    ]
+    return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)

@@ -27,6 +27,7 @@ from blktrack.ship.endpoint import Endpoint, open_end
 from blktrack.state import DeviceState, Doubt, LinkState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import generation
+from blktrack.tracker.course import Course
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.tracking import Gap, Swap, Tracking
@@ -78,6 +79,19 @@ class Round(ABC):
     def ship(self, plan: Plan, sets: LinkSets, observer: Observer) -> Shipped:
         """Capture what is planned into the receiver."""
 
+    def committed(self) -> Point | None:
+        """The point that the receiver says to be at; None if at none, or if it cannot be asked."""
+        return None
+
+    def stage_id(self) -> str | None:
+        """The id of the unsealed stage that the receiver kept and that this round goes on with; ""
+        if it kept none, None where no stage outlives its round."""
+        return None
+
+    @property
+    def course(self) -> Course:
+        return Course(self.store, self.number, self.link)
+
     @property
     def writes(self) -> list[Path]:
         """What is written to on the way, and so cannot be frozen meanwhile."""
@@ -95,6 +109,7 @@ class Round(ABC):
                 )
             tracking, swap = self._drain(state, observer)
             with tracking:
+                arrived = self.course.catch_up(self.committed(), tracking.state.generation)
                 mode, reason = self.mode(tracking.state)
                 filled = link.phase == mode and link.filled == tracking.state.generation
                 resumed = filled and self.has_part()
@@ -116,21 +131,25 @@ class Round(ABC):
                 if link.settles:  # more is taken than was sent
                     link.settles = False
                     self.store.save_link(self.number, link)
+                if arrived:
+                    sets.all_shipped()
+                self.course.go_on(self.stage_id(), sets)
                 if mode == "incremental" or resumed:
                     extents = sets.take()
                 else:
                     sets.fill()
                     extents = sets.extents()
                     link.phase, link.filled = mode, tracking.state.generation
-                    link.reason = reason
+                    link.reason, link.stage = reason, ""
                     if mode == "resync":
                         Doubt.add(link.doubts, link.filled, reason)
                     self.store.save_link(self.number, link)
                     crash.point("fill-recorded")
                 sets.watch()
         # Under a freeze more is going to change: that has to be staged.
-        if mode == "incremental" and not len(extents) and self.options.consistency != "filesystem":
-            mode = "nothing"
+        if mode == "incremental" and self.options.consistency != "filesystem":
+            changed = len(extents) or len(sets.held_extents())
+            mode = mode if changed else "nothing"
         return Plan(mode, reason, swap, extents), sets
 
     def _drain(self, state: DeviceState, observer: Observer) -> tuple[Tracking, Swap]:
@@ -159,13 +178,15 @@ class Round(ABC):
         observer: Observer,
         end: Endpoint,
         *,
-        forget: bool = False,
+        durable: Callable[[ExtentArray], None] | None = None,
+        compare: bool = False,
         blank: bool = False,
         kept: str = "the replica is at its point",
     ) -> Shipped:
         """Read rounds into `end` until the point asked for is reached.
 
-        forget -- what is durable there need not be shipped again.
+        durable -- told now and then of what is durable there, and need not be shipped again.
+        compare -- it has most of what is planned: only what differs is written.
         blank -- all of it reads as zeroes.
         kept -- what the operator is told of the receiver if it is not reached.
         """
@@ -191,15 +212,14 @@ class Round(ABC):
                     size = extent.total(extents)
                     number = len(copies) + 1
                     observer.phase(f"round {number}: {format_size(size)} changed meanwhile", size)
-                compare = plan.mode == "resync" and forget and not copies
                 copied = copy(
                     source,
                     end,
                     extents,
-                    mode=Mode.REPAIR if compare else Mode.COPY,
+                    mode=Mode.REPAIR if compare and not copies else Mode.COPY,
                     granularity=max(sets.granularity, 4096),
                     progress=show,
-                    checkpoint=sets.shipped if forget else None,
+                    checkpoint=durable,
                     read_done=ended,
                     stop=self.options.stop,
                     limit=self.options.limit,

@@ -10,6 +10,7 @@
     RUN/devices/ID/settling                submitted granules whose completion may still be ahead
     RUN/devices/ID/links/LINK/pending      granules that changed since the link's last drain
     RUN/devices/ID/links/LINK/shipping     granules that the sync under way has to ship
+    RUN/devices/ID/links/LINK/held         granules that an unsealed stage elsewhere holds durably
     RUN/devices/ID/links/LINK/racing       granules submitted to since its swap, while it captures
 
 RUN is lost with a boot, and the generation with it, unless the device was at rest. Sets are bitmaps
@@ -31,16 +32,22 @@ replaced in one step, so a process may die between any two stores. What is then 
 - ship, an increment in place: the replica's record says half-way from its point, data, flush; no
   bit is cleared before the commit. Died before that: all of it is shipped again, into what was
   written of it as into a replica that was restored to that point.
-- commit: the replica's record says its point, LINK.json has the cursor, `shipping` is cleared. Died
-  before the second: the replica is ahead of its link, which follows it. Before the last: shipped
-  again.
+- ship, an increment staged elsewhere: LINK.json names the stage; data, flush there, bits are set in
+  `held` and then cleared in `shipping`. Died in between: shipped again, over what is there. After:
+  the next sync ships the rest into that stage, and seals what it holds with it.
+- give back, if another stage or none is there: bits of `held` are set in `shipping`, `held` is
+  cleared, LINK.json names no stage. Died in between: given back again.
+- commit: LINK.json has the point to come, the replica's record says that it is there, LINK.json has
+  the cursor, `held` and `shipping` are cleared. Died before the second: the point is forgotten.
+  Before the third: the replica is ahead of its link, which follows it; what was taken until then is
+  on the replica, and is cleared. Before the last: shipped again.
 - send: `shipping` is taken and streamed, LINK.json says where that led. Died before the last: sent
   again. Committed by its user: LINK.json has the cursor, `shipping` is cleared, if nothing more was
   taken since.
 - grow: a second slot, a last drain of the first, longer sets, epoch.json, device.json names the
   second. Died before the last: the first slot is in force, the second nobody's, all is done again.
-- stop: LINK.rest, rest.json, device.json says resting, the slot goes. Died before resting: it is
-  tracked on. After: at rest, with a slot that is nobody's.
+- stop: LINK.rest with all that is in its sets, rest.json, device.json says resting, the slot goes.
+  Died before resting: it is tracked on. After: at rest, with a slot that is nobody's.
 - start: sets, slot, epoch.json, device.json says not resting, the rest goes. Died before that: at
   rest; what was written since, with the slot nobody's, is found by the kernel's count of sectors.
 - end: device.json has the doubt and no generation. Whatever of it is left is never looked at again.
@@ -138,6 +145,8 @@ class LinkState:
     doubts: list[Doubt] = field(default_factory=list)  # of the replica, newest last
     sent: list[Point] = field(default_factory=list)  # where streams led of which no commit is known
     settles: bool = False  # the commit of the last of them leaves nothing in `shipping`
+    stage: str = ""  # the id of the stage elsewhere that `held` is about
+    sealing: Point | None = None  # which the replica was asked to commit, and may have
 
     def __str__(self) -> str:
         return self.target or f"link {self.name}"
@@ -147,6 +156,7 @@ class LinkState:
         self.cursor = point
         self.phase = self.filled = self.reason = ""
         self.sent, self.settles = [], False
+        self.stage, self.sealing = "", None
 
 
 @dataclass
@@ -221,6 +231,7 @@ class Store:
         link = _known(LinkState, raw)
         link.doubts = [_known(Doubt, doubt) for doubt in raw.get("doubts", [])]
         link.cursor = _known(Point, raw["cursor"]) if raw.get("cursor") else None
+        link.sealing = _known(Point, raw["sealing"]) if raw.get("sealing") else None
         link.sent = [_known(Point, point) for point in raw.get("sent", [])]
         return link
 

@@ -18,6 +18,7 @@ from blktrack.durable import lock
 from blktrack.errors import Interrupted, NoPoint, Refused
 from blktrack.observer import Observer
 from blktrack.options import Options
+from blktrack.point import Point
 from blktrack.quiesce.find import devices_below
 from blktrack.report import SyncReport
 from blktrack.round import Plan, Round, Shipped
@@ -153,7 +154,6 @@ class Replication(Round):
     replica: Replica
 
     def mode(self, state: DeviceState) -> tuple[str, str]:
-        self._follow(state)
         record = self.replica.record
         if self.options.full:
             return "initial", "a full copy was asked for"
@@ -173,18 +173,9 @@ class Replication(Round):
             return "resync", "the replica is not at the point that it was brought to"
         return "incremental", ""
 
-    def _follow(self, state: DeviceState) -> None:
-        """A death between the two commits leaves the replica ahead of the link: follow it."""
-        link, record = self.link, self.replica.record
-        if record is None or record.state is not State.READY or self.replica.changed:
-            return
-        point, cursor = record.point, link.cursor
-        if point is None or point.generation != state.generation:
-            return
-        behind = cursor is None or cursor.generation != point.generation
-        if behind or (cursor and cursor.epoch < point.epoch):
-            link.move_to(point)
-            self.store.save_link(self.number, link)
+    def committed(self) -> Point | None:
+        record = self.replica.record
+        return record.point if record and self.replica.has_point else None
 
     def has_part(self) -> bool:
         unfinished = self.replica.existing_state is State.UNFINISHED
@@ -205,12 +196,14 @@ class Replication(Round):
         crash.point("ship-planned")
         increment, replica = plan.mode == "incremental", self.replica
         if plan.mode == "nothing":
+            # Not announced: nothing was taken that could be shipped again.
             shipped = self.capture(plan, sets, observer, replica.end)
             replica.commit(shipped.point)
         elif increment and self._can_stage:
             with self._room(plan, observer), replica.stage() as stage:
                 shipped = self.capture(plan, sets, observer, stage.end)
                 observer.phase(_DURABLE, 0)
+                self.course.announce(shipped.point)
                 stage.seal(shipped.read, shipped.point)
                 observer.phase("apply", extent.total(shipped.read))
                 replica.apply(stage, observer.done, self.options.stop)
@@ -223,7 +216,8 @@ class Replication(Round):
                     sets,
                     observer,
                     replica.end,
-                    forget=not increment,
+                    durable=None if increment else sets.shipped,
+                    compare=plan.mode == "resync",
                     blank=replica.blank,
                     kept="the replica is unfinished",
                 )
@@ -231,6 +225,7 @@ class Replication(Round):
                 error.hint += "; until then the replica, written in place, is at no point"
                 raise
             observer.phase(_DURABLE, 0)
+            self.course.announce(shipped.point)
             replica.commit(shipped.point)
         return shipped
 

@@ -254,9 +254,9 @@ def test_a_campaign_finds_steps_in_a_wrong_order(shared: Lab, seed: int, breakag
 def test_a_campaign_finds_a_resync_that_was_not_needed(
     shared: Lab, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its catching up with a replica that is ahead of it, a link seems not to fit."""
+    """Unless it asks a replica that is ahead of it where it is, a link seems not to fit."""
     run = Campaign(shared, "loop", seed, writing=False)
-    monkeypatch.setattr(Replication, "_follow", lambda *_: None)
+    monkeypatch.setattr(Replication, "committed", lambda _: None)
     monkeypatch.setattr(Record, "lacks", lambda record, point: record.point != point)
     with pytest.raises(AssertionError, match="not at the point that it was brought to"):
         run.round(Campaign.incremental, run.at("commit-replica"))

@@ -89,7 +89,7 @@ def begin(
     state.size, state.start, state.granularity = device.size, device.start, granularity
     state.generation, state.began, state.in_use = epoch.generation, time.time(), ""
     # What links had to ship belongs to the generation before, and may be of another size.
-    for name in ("pending", "shipping", "racing"):
+    for name in ("pending", "shipping", "held", "racing"):
         for path in store.link_files(number, name):
             path.unlink(missing_ok=True)
     words = window.geometry.levels[0]

@@ -54,7 +54,7 @@ def _widen(tracking: Tracking, granules: int) -> None:
     words = bitmap.words_for(granules)
     first = tracking.state.size // tracking.state.granularity
     sets = [tracking.store.run(tracking.state.id) / "settling"]
-    for name in ("shipping", "racing", "pending"):
+    for name in ("shipping", "held", "racing", "pending"):
         sets += tracking.store.link_files(tracking.state.id, name)
     for path in sets:
         BitFile.widen(path, words)

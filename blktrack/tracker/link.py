@@ -1,16 +1,19 @@
 """The sets of one link: what it has to ship, and how bits move towards the replica.
 
 `pending` collects what drains find; `shipping` is what the sync under way has taken from it. A bit
-leaves `shipping` only when the replica holds its granule durably.
+leaves `shipping` only when the replica holds its granule durably, or when `held` has it: what a
+stage on the replica's side holds that is not sealed. Such a stage survives the sync that filled it,
+and the next one goes on with it. What is in `shipping` as well has changed since it was staged.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Self
 
 import numpy as np
 
-from blktrack import bitmap, crash, linux
+from blktrack import bitmap, crash, extent, linux
 from blktrack.bitfile import BitFile
 from blktrack.bitmap import Words
 from blktrack.extent import ExtentArray
@@ -21,7 +24,8 @@ from blktrack.tracker.tracking import Tracking
 class LinkSets:
     """Open sets of a link. FileNotFoundError if they are gone and `create` is not set.
 
-    `take` and `fill` are called under the device's lock, so that no drain is in the middle.
+    `take`, `fill`, `give_back` and `make_held` are called under the device's lock, so that no drain
+    and no growth is in the middle.
     """
 
     def __init__(self, tracking: Tracking, link: LinkState, *, create: bool = False) -> None:
@@ -29,6 +33,7 @@ class LinkSets:
         self.granularity, self.size = tracking.state.granularity, tracking.state.size
         self.granules = tracking.window.geometry.granules
         self._racing: BitFile | None = None
+        self._held: BitFile | None = None
         self.shipping = BitFile(folder / "shipping", tracking.words, create=create)
         crash.point("sets-half")
         # Made last: drains find a link by this file.
@@ -84,6 +89,8 @@ class LinkSets:
         bitmap.set_range(self.shipping.words, 0, self.granules)
         crash.point("fill-set")
         self.pending.clear()
+        if held := self._open_held():
+            held.clear()
         crash.point("fill-done")
 
     def extents(self) -> ExtentArray:
@@ -95,21 +102,66 @@ class LinkSets:
         bitmap.clear_extents(self.shipping.words, self.granularity, self.size, done)
 
     def all_shipped(self) -> None:
+        """The replica has all that was taken, and all that was staged for it."""
+        if held := self._open_held():
+            held.clear()
+            crash.point("held-cleared")
         self.shipping.clear()
+
+    def make_held(self) -> None:
+        """Make `held`, unless it is there, for `staged`."""
+        if self._open_held() is None:
+            self._held = BitFile(self._folder / "held", len(self.pending.words), create=True)
+
+    def staged(self, done: ExtentArray) -> None:
+        """These extents are durable in the stage. ValueError without `make_held`."""
+        held = self._open_held()
+        if held is None:
+            raise ValueError("there is no set for what a stage holds")
+        held.reserve(bitmap.words_of(self.granularity, self.size, done))
+        bitmap.set_extents(held.words, self.granularity, self.size, done)
+        crash.point("held-added")
+        self.shipped(done)
+
+    def held_extents(self) -> ExtentArray:
+        """What the stage holds that is to be sealed in it."""
+        if (held := self._open_held()) is None:
+            return extent.empty()
+        return bitmap.extents(held.words, self.granularity, self.size, held.nonzero())
+
+    def give_back(self) -> None:
+        """The stage is gone: what it held has to be shipped."""
+        if held := self._open_held():
+            found = held.nonzero()
+            self.shipping.reserve(found)
+            bitmap.or_into(self.shipping.words, held.words, found)
+            crash.point("held-returned")
+            held.clear()
+
+    def _open_held(self) -> BitFile | None:
+        """None while there is no such set: another process may make it."""
+        if self._held is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._held = BitFile(self._folder / "held", len(self.pending.words))
+        return self._held
 
     def union(self, live: Words) -> Words:
         """What the next sync would ship, `live` being the maps' content, read before this call.
 
-        Bits move from map to `pending` to `shipping`; reading in that order misses none.
+        Bits move from map to `pending` to `shipping` to `held`; reading in that order misses none.
         """
         found: Words = np.array(live)
         bitmap.or_into(found, self.pending.words, self.pending.nonzero())
         bitmap.or_into(found, self.shipping.words, self.shipping.nonzero())
+        if held := self._open_held():
+            bitmap.or_into(found, held.words, held.nonzero())
         return found
 
     def close(self) -> None:
         self.pending.close()
         self.shipping.close()
+        if self._held is not None:
+            self._held.close()
         if self._racing is not None:
             self._racing.close()
             (self._folder / "racing").unlink(missing_ok=True)

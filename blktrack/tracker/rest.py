@@ -25,7 +25,7 @@ from blktrack.tracker.tracking import BEGIN_ANEW, Gap, Tracking
 from blktrack.units import SECTOR, format_size
 from blktrack.use import InUse, claimed
 
-_SETS = ("pending", "shipping")
+_SETS = ("pending", "shipping", "held")  # in the order in which bits move
 
 
 def put_to_rest(tracking: Tracking) -> None:
@@ -98,6 +98,7 @@ def _restore(store: Store, state: DeviceState) -> None:
     for path in store.lib(state.id).glob("*.rest"):
         found, folder = _kept(path), store.link_run(state.id, path.stem)
         BitFile(folder / "shipping", words, create=True).close()
+        (folder / "held").unlink(missing_ok=True)  # it is in what was kept
         # Drains find a link by `pending`, so that comes last.
         with BitFile(folder / "pending", words, create=True) as pending:
             index = bitmap.nonzero(found)
@@ -134,6 +135,8 @@ def _keep(store: Store, device: str, folder: Path, words: int) -> None:
     """All that a link has to ship, in a file that survives the boot."""
     found = np.zeros(words, dtype=np.uint64)
     for name in _SETS:
+        if name == "held" and not (folder / name).exists():  # most links have none
+            continue
         with BitFile(folder / name, words) as part:
             bitmap.or_into(found, part.words, part.nonzero())
     data = zlib.compress(found.astype("<u8").tobytes(), 1)

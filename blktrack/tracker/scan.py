@@ -1,9 +1,9 @@
 """Which granules of a device are dirty, read without a lock while others drain and ship.
 
-Bits move one way only: from the active map to `pending` of each link, from there to `shipping`, and
-are gone when a replica has them. Each step sets a bit in its new home before it is cleared in the
-old one. So whoever reads in that order (maps, pending, shipping) misses no bit that was set before
-he began and has not been shipped. Two things need care:
+Bits move one way: from the active map to `pending` of each link, from there to `shipping`, perhaps
+to `held`, and are gone when a replica has them. Each step sets a bit in its new home before it is
+cleared in the old one. So whoever reads in that order (maps, pending, shipping, held) misses no bit
+that was set before he began and has not been shipped. Three things need care:
 
 - Which of the two maps is active. The retired one is empty unless epoch.json says that it may not
   be, which is written before each swap. If that, or the active map, is not the same after the look
@@ -12,6 +12,7 @@ he began and has not been shipped. Two things need care:
   unlinked, cut and made anew. They are therefore read by read(2) from what the file holds at that
   moment, never mapped: a store cut off under a mapping kills the process, and a hole that is read
   through one takes memory.
+- `held` may be given back to `shipping`. It is therefore read before that, too.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def scan(
     for link, folder in links.items():
         found = live.copy() if len(links) > 1 else every
         there = _add(folder / "pending", found) is not None
+        _add(folder / "held", found)
         some = _add(folder / "shipping", found)
+        _add(folder / "held", found)
         shipping |= bool(some)
         pending[link] = _count(found) if there and some is not None else None
         if len(links) > 1:

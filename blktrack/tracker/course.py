@@ -1,0 +1,85 @@
+"""Where a link stands with its receiver when a round begins, whatever became of the one before.
+
+Two things a round may not hear of, as its process died or the connection was lost: that its point
+was committed, and that what it staged is still there. Both are asked for when the next one begins,
+under the device's lock and before more is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blktrack import crash
+from blktrack.point import Point
+from blktrack.state import LinkState, Store
+from blktrack.tracker.link import LinkSets
+
+
+@dataclass
+class Course:
+    """Of one link. `number` is the device's id. Every step is on record when its call returns."""
+
+    store: Store
+    number: str
+    link: LinkState
+
+    def catch_up(self, point: Point | None, generation: str) -> bool:
+        """Follow a receiver that is ahead, as it is after a death between its commit and the
+        link's. Whether nothing is left to ship of what was taken and staged until now.
+
+        point -- where the receiver says to be; None: at none, or it cannot be asked.
+        generation -- that of the tracking.
+
+        All that was taken and staged when a point was announced is part of it, and nothing is
+        added to that before this is called: what changed since is pending.
+        """
+        link, cursor = self.link, self.link.cursor
+        if point is not None and point.generation != generation:
+            point = None
+        arrived = point is not None and point == link.sealing
+        behind = cursor is None or cursor.generation != generation
+        if point and (arrived or behind or (cursor and cursor.epoch < point.epoch)):
+            link.move_to(point)
+        elif link.sealing:
+            link.sealing = None
+        else:
+            return False
+        self._save()
+        crash.point("catch-up-recorded")
+        return arrived
+
+    def go_on(self, stage: str | None, sets: LinkSets) -> None:
+        """Have what is held shipped, unless the receiver still holds it.
+
+        stage -- the id of the unsealed stage that it has and that this round goes on with; "" if
+            there is none, None if this round will have none.
+        """
+        if stage is not None:
+            sets.make_held()
+        if not stage or stage != self.link.stage:
+            sets.give_back()
+            if self.link.stage:
+                self.link.stage = ""
+                self._save()
+
+    def stage_in(self, stage: str, sets: LinkSets) -> None:
+        """From now on `sets.staged` is told of what is durable in the receiver's stage of this id.
+
+        ValueError if what is held is in another one.
+        """
+        if stage == self.link.stage:
+            return
+        if len(sets.held_extents()):
+            raise ValueError(f"what is held is in the stage {self.link.stage!r}, not in {stage!r}")
+        self.link.stage = stage
+        self._save()
+        crash.point("stage-recorded")
+
+    def announce(self, point: Point) -> None:
+        """The receiver is going to be asked to commit this point."""
+        self.link.sealing = point
+        self._save()
+        crash.point("sealing-recorded")
+
+    def _save(self) -> None:
+        self.store.save_link(self.number, self.link)
