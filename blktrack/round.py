@@ -15,13 +15,14 @@ from pathlib import Path
 
 from blktrack import crash, extent
 from blktrack.capture import Source, capture
-from blktrack.errors import CopyFailed, Interrupted, NotTracked, ResyncNeeded
+from blktrack.errors import CopyFailed, NotTracked, ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.observer import Observer
 from blktrack.options import Options
 from blktrack.point import Point
 from blktrack.quiesce.find import file_systems
 from blktrack.quiesce.freeze import Freeze
+from blktrack.rates import Rates
 from blktrack.ship.copy import Copied, Mode, copy
 from blktrack.ship.endpoint import Endpoint, open_end
 from blktrack.state import DeviceState, Doubt, LinkState, Store
@@ -86,6 +87,16 @@ class Round(ABC):
     def stage_id(self) -> str | None:
         """The id of the unsealed stage that the receiver kept and that this round goes on with; ""
         if it kept none, None where no stage outlives its round."""
+        return None
+
+    @property
+    def read_limit(self) -> Rates:
+        """Bytes of the source to read per second."""
+        return self.options.limit
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        """After how many bytes `durable` of a capture is told; None: now and then."""
         return None
 
     @property
@@ -221,8 +232,9 @@ class Round(ABC):
                     progress=show,
                     checkpoint=durable,
                     read_done=ended,
+                    checkpoint_bytes=self.checkpoint_bytes,
                     stop=self.options.stop,
-                    limit=self.options.limit,
+                    limit=self.read_limit,
                     known_zero=blank and not copies,
                 )
                 copies.append(copied)
@@ -305,8 +317,6 @@ def judge(
             hint=f"{kept}these extents stay pending: check the disk, try again",
         )
     if copied.interrupted:
-        raise Interrupted(
-            f"{what} of {path} and {receiver} was interrupted",
-            signum=options.signum,
-            hint=f"{kept}run it again to go on",
+        raise options.interrupted(
+            f"{what} of {path} and {receiver} was interrupted", f"{kept}run it again to go on"
         )

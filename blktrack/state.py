@@ -137,6 +137,7 @@ class LinkState:
     id: str
     name: str
     target: str  # "": streams, whose receiver is not known here
+    route: str = ""  # to a replica on another host, when it was last reached
     mount: str = ""  # of a replica file: where the file system is mounted that it is on
     cursor: Point | None = None  # the last point that the replica committed
     phase: str = ""  # "initial" or "resync" while one is under way

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 
 from blktrack import extent
-from blktrack.errors import Interrupted
 from blktrack.observer import Observer
 from blktrack.options import Options
+from blktrack.rates import UNLIMITED
 from blktrack.report import VerifyReport
 from blktrack.round import judge
+from blktrack.ship.address import Address, is_remote
 from blktrack.ship.apply import ApplyStopped, finish
 from blktrack.ship.copy import Mode, copy
-from blktrack.ship.endpoint import open_end
+from blktrack.ship.endpoint import Endpoint, open_end
+from blktrack.ship.remote import RemoteReplica
 from blktrack.ship.target import Target
 from blktrack.state import Store
-from blktrack.sync import sync
+from blktrack.sync import sync, wire_of
 from blktrack.sysfs import BlockDevice
 from blktrack.uevents import Watch
 
@@ -26,15 +31,10 @@ def verify(
     """Compare every byte of the device with the replica; nothing is written, but that an increment
     which waits complete is applied first."""
     device = BlockDevice.find(path)
-    try:
-        finish(target, store.paths, stop=options.stop, observer=observer)
-    except ApplyStopped as error:
-        raise Interrupted(str(error), signum=options.signum, hint=error.hint) from error
-    other = Target.find(target).device
     with (
+        _opened(store, device, target, options, observer) as (replica, other),
         Watch(options.stop, device, other),
         open_end(device.path) as source,
-        open_end(target) as replica,
     ):
         size = min(source.size, replica.size)
         observer.phase("verify", size)
@@ -46,7 +46,7 @@ def verify(
             mode=Mode.COMPARE,
             progress=observer.done,
             stop=options.stop,
-            limit=options.limit,
+            limit=UNLIMITED if is_remote(target) else options.limit,
         )
         missing = extent.from_pairs([(size, source.size - size)])
         judge("verify", copied, path, target, options)
@@ -57,6 +57,32 @@ def verify(
         bytes_repaired=0,
         extents=different.tolist(),
     )
+
+
+@contextlib.contextmanager
+def _opened(
+    store: Store, device: BlockDevice, target: str, options: Options, observer: Observer
+) -> Iterator[tuple[Endpoint, BlockDevice | None]]:
+    """The replica to be read, and the device that it is."""
+    if is_remote(target):
+        with RemoteReplica.open(
+            Address.parse(target),
+            source=device,
+            link=None,
+            wire=wire_of(options),
+            stop=options.stop,
+            writable=False,
+            observer=observer,
+        ) as remote:
+            yield remote.end, None
+        return
+    try:
+        finish(target, store.paths, stop=options.stop, observer=observer)
+    except ApplyStopped as error:
+        raise options.interrupted(str(error), error.hint) from error
+    other = Target.find(target).device
+    with open_end(target) as replica:
+        yield replica, other
 
 
 def repair(

@@ -1,4 +1,4 @@
-"""The far side of a replica elsewhere, without a network: what stands in for ssh runs the keeper."""
+"""The far side of a replica elsewhere, without a network: in the place of ssh runs the keeper."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from blktrack.config import Paths
 from blktrack.errors import Interrupted, UsageError
 from blktrack.rates import UNLIMITED, Rates
 from blktrack.report import Report
+from blktrack.ship.address import Address, is_remote
 from blktrack.state import Store
 from blktrack.units import parse_size
 
@@ -64,10 +65,11 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
 
 def target(text: str) -> str:
     """argparse type: a TARGET in the form in which links remember it."""
-    if text.startswith("ssh://"):
-        raise argparse.ArgumentTypeError(
-            "replicas on other hosts are not supported yet; blktrack send and recv reach them"
-        )
+    if is_remote(text):
+        try:
+            return str(Address.parse(text))
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(f"{error}; {error.hint}") from error
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name a device or a file")
     return os.path.abspath(text)

@@ -12,6 +12,7 @@ from typing import Any
 from blktrack import crash, extent
 from blktrack.config import Paths
 from blktrack.errors import Refused
+from blktrack.quiesce.find import devices_below
 from blktrack.ship.apply import finish
 from blktrack.ship.endpoint import DeviceEnd, EndError, open_end
 from blktrack.ship.fields import Fields
@@ -49,8 +50,7 @@ class Session:
         self._request = 0
         self._told = 0.0
         self._replica: Replica | None = None
-        self._partial: Stage | None = None  # of an earlier connection
-        self._stage: Stage | None = None
+        self._stage: Stage | None = None  # of an earlier connection, until it is asked for
         self._data = Data()
         self._held.callback(self._data.close)
 
@@ -94,13 +94,14 @@ class Session:
             finish(target, self._paths, observer=self)
             self._data.reads = end = self._held.enter_context(open_end(target))
             return {"size": end.size, "align": end.align, **_here()}
+        near = _near(fields)
         replica = self._replica = self._held.enter_context(
             Replica.open(
                 target,
                 source=origin,
                 link=fields.uuid("link") if fields.has("link") else None,
                 paths=self._paths,
-                near=_near(fields),
+                near=near,
                 force=force,
                 observer=self,
             )
@@ -108,7 +109,7 @@ class Session:
         self._data.reads = replica.end
         self._data.unit = replica.end.align if isinstance(replica.end, DeviceEnd) else 1
         if partial := replica.partial(most=self._most_staging):
-            self._partial = self._held.enter_context(partial)
+            self._stage = self._held.enter_context(partial)
         return {
             "link": replica.link,
             "record": asdict(replica.record) if replica.record else None,
@@ -116,7 +117,8 @@ class Session:
             "blank": replica.blank,
             "size": replica.end.size,
             "align": self._data.unit,
-            "stage": self._partial.id if self._partial else "",
+            "stages": near is None or near.number not in devices_below(replica.folder),
+            "stage": self._stage.id if self._stage else "",
             "writes": [str(path) for path in replica.writes],
             **_here(),
         }
@@ -138,35 +140,36 @@ class Session:
     def _begin(self, fields: Fields) -> dict[str, Any]:
         replica = self._opened(fields)
         state = fields.text("state")
-        if state not in (State.UNFINISHED, State.APPLYING) or self._stage is not None:
+        if state not in (State.UNFINISHED, State.APPLYING):
             raise wrong(f"it begins with {state}")
-        self._leave_partial()
+        if state == State.APPLYING and not replica.has_point:
+            raise wrong("it goes on from a point that the replica is not at")
+        self._drop_stage()
         replica.begin(State(state), fields.text("generation"))
         self._data.writes = replica.end
         return {"size": replica.end.size}
 
     def _begin_stage(self, fields: Fields) -> dict[str, Any]:
         replica = self._opened(fields)
-        if self._data.writes is not None:
-            raise wrong("it stages twice")
-        wanted = fields.text("resume")
-        if self._partial is not None and self._partial.id == wanted:
-            self._stage, self._partial = self._partial, None
-        else:
-            self._leave_partial()
+        if not replica.has_point:
+            raise wrong("it stages for a replica that is at no point")
+        stage = self._stage
+        if stage is None or stage.point is not None or stage.id != fields.text("resume"):
+            self._drop_stage()
             stage = replica.stage(keep=True, most=self._most_staging)
             self._stage = self._held.enter_context(stage)
-        self._data.writes = self._stage.end
-        return {"id": self._stage.id, "folder": str(replica.folder)}
+        self._data.writes = stage.end
+        return {"id": stage.id}
 
     @property
     def _most_staging(self) -> int | None:
         return self._jail.most_staging if self._jail else None
 
-    def _leave_partial(self) -> None:
-        if self._partial is not None:
-            self._partial.drop()
-            self._partial = None
+    def _drop_stage(self) -> None:
+        self._data.writes = None
+        if self._stage is not None:
+            self._stage.drop()
+            self._stage = None
 
     @contextlib.contextmanager
     def _room_kept(self) -> Iterator[None]:
@@ -197,7 +200,7 @@ class Session:
 
     def _seal(self, fields: Fields) -> None:
         stage = self._stage
-        if stage is None or stage.point is not None:
+        if stage is None or self._data.writes is not stage.end:
             raise wrong("it seals no stage")
         index = resolve(stage.end.index())
         extents = extent.union(extent.empty(), index[:, :2])
@@ -215,8 +218,12 @@ class Session:
 
     def _commit(self, fields: Fields) -> None:
         replica = self._opened(fields)
-        if self._stage is not None or (self._data.writes is None and not replica.has_point):
-            raise wrong("it commits what has not begun")
+        if self._data.writes is None:
+            if not replica.has_point:
+                raise wrong("it commits what has not begun")
+            self._drop_stage()  # it starts from a point that is left
+        elif self._stage is not None:
+            raise wrong("it commits what is staged")
         replica.commit(fields.point("point"))
         self._data.writes = None
 

@@ -1,5 +1,6 @@
 """A replica on another host, with the face of one on this host."""
 
-from blktrack.ship.remote.replica import RemoteReplica
+from blktrack.ship.remote.replica import FarStage, RemoteReplica
+from blktrack.ship.remote.wire import Wire
 
-__all__ = ["RemoteReplica"]
+__all__ = ["FarStage", "RemoteReplica", "Wire"]

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import dataclass, field
 
-from blktrack.rates import UNLIMITED, Rates
 from blktrack.ship.address import Address
 from blktrack.ship.remote.client import Client
+from blktrack.ship.remote.wire import Wire
 from blktrack.ship.ssh import Connection
 from blktrack.ship.wire import hello
 from blktrack.ship.wire.channel import Channel
 from blktrack.ship.wire.errors import ConnectionLost
-from blktrack.ship.wire.pace import Level, Throttle
+from blktrack.ship.wire.pace import Throttle
 
 CONNECT = 20.0  # seconds to reach the host, and as many for what follows
-
-
-@dataclass
-class Wire:
-    """How a run speaks over its connections, and how much it has said."""
-
-    compress: int | str | None = "adapt"  # level of zstd; None: none
-    limit: Rates = UNLIMITED  # bytes sent per second
-    patience: float = hello.PATIENCE  # seconds of silence after which a side is taken for dead
-    interactive: bool = False  # whether ssh may ask on the terminal
-    sent: int = 0  # bytes, of all connections that have ended
-    received: int = 0
-    level: Level = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.level = Level(self.compress)
 
 
 class Link:

@@ -14,20 +14,20 @@ from blktrack.ship.delta.format import Codec
 from blktrack.ship.end import Endpoint
 from blktrack.ship.plan import Piece
 from blktrack.ship.remote.client import Client
+from blktrack.ship.remote.wire import Wire
 from blktrack.ship.wire import digests
 from blktrack.ship.wire.errors import ProtocolError
 from blktrack.ship.wire.message import MAX_DATA, MAX_ROWS, Kind, pack
-from blktrack.ship.wire.pace import Level
 
 
 class FarEnd(Endpoint):
     """Bytes of a replica or of a stage beside it, elsewhere. Nothing of them is ever read."""
 
-    def __init__(self, path: str, size: int, client: Client, key: bytes, level: Level) -> None:
+    def __init__(self, path: str, size: int, client: Client, key: bytes, wire: Wire) -> None:
         super().__init__(path, size, align=1)
         self._client = client
         self._key = key
-        self._level = level
+        self._wire = wire
         self._compressor = Compressor(1)
         self._zero_ways = [self._send_zero]
 
@@ -43,7 +43,7 @@ class FarEnd(Endpoint):
 
     def _send(self, rows: list[tuple[int, int]], parts: list[memoryview]) -> None:
         length = sum(len(part) for part in parts)
-        level = self._level.choose()
+        level = self._wire.level.choose()
         codec, data, begun = Codec.NONE, list[bytes | memoryview](parts), time.monotonic()
         if level is not None:
             whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
@@ -53,7 +53,7 @@ class FarEnd(Endpoint):
         message = pack(Kind.WRITE, rows=rows, data=data, codec=codec, length=length)
         send_s = self._client.tell(message)
         stored = sum(len(part) for part in data)
-        self._level.note(level, length, stored, compress_s, send_s)
+        self._wire.level.note(level, length, stored, compress_s, send_s)
 
     def _send_zero(self, start: int, length: int) -> None:
         self._client.tell(pack(Kind.ZERO, rows=[(start, length)]))
@@ -87,6 +87,7 @@ class FarEnd(Endpoint):
 
     def _sync(self) -> None:
         self._client.request(Kind.FLUSH, {})
+        self._wire.durable()
 
     def _read(self, view: memoryview, offset: int) -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))

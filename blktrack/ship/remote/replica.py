@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +16,9 @@ from blktrack.point import Point
 from blktrack.ship.address import Address
 from blktrack.ship.fields import Fields
 from blktrack.ship.record import Origin, Record, Seal, State, host_id
-from blktrack.ship.remote.connect import Link, Wire
+from blktrack.ship.remote.connect import Link
 from blktrack.ship.remote.end import FarEnd
+from blktrack.ship.remote.wire import Wire
 from blktrack.ship.wire import digests
 from blktrack.ship.wire.message import Kind
 from blktrack.sysfs import BlockDevice, boot_id
@@ -25,9 +27,8 @@ from blktrack.sysfs import BlockDevice, boot_id
 class FarStage:
     """An increment that is being staged beside a replica elsewhere, where it is kept."""
 
-    def __init__(self, replica: RemoteReplica, id: str, folder: str) -> None:
+    def __init__(self, replica: RemoteReplica, id: str) -> None:
         self.id = id
-        self.folder = folder
         self.end = replica.far_end(replica.source.size)
         self._replica = replica
 
@@ -53,14 +54,16 @@ class RemoteReplica:
     """
 
     link: str
-    record: Record | None
+    record: Record | None  # as found
     changed: str
     blank: bool
+    can_stage: bool  # whether an increment may lie beside it
     stage_id: str  # of what an earlier connection staged for the next point; "" if there is none
     end: FarEnd
 
     def __init__(self, link: Link, source: BlockDevice) -> None:
         self.source = source
+        self.address = link.address
         self.name = str(link.address)
         self._link = link
         self._wire = link.wire
@@ -112,13 +115,21 @@ class RemoteReplica:
         self.record = _record(found)
         self.changed = found.text("changed")
         self.blank = found.flag("blank")
+        self.can_stage = found.flag("stages")
         self.stage_id = found.text("stage")
         if found.text("boot") == boot_id():
             paths = found.get("writes")
             self.writes = [Path(str(path)) for path in paths] if isinstance(paths, list) else []
 
     def far_end(self, size: int) -> FarEnd:
-        return FarEnd(self.name, size, self._link.client, self._key, self._wire.level)
+        return FarEnd(self.name, size, self._link.client, self._key, self._wire)
+
+    @property
+    def has_point(self) -> bool:
+        """Whether its bytes are those of a point, to be kept until there is another."""
+        record = self.record
+        ready = record is not None and record.state is State.READY and record.point is not None
+        return ready and not self.changed
 
     @property
     def existing_state(self) -> State | None:
@@ -131,16 +142,24 @@ class RemoteReplica:
     def stage(self, resume: str) -> FarStage:
         """Begin an increment, or go on with the one of this id, if it is there."""
         found = self.ask(Kind.STAGE, {"resume": resume})
-        return FarStage(self, found.uuid("id"), found.text("folder"))
+        self.stage_id = found.uuid("id")
+        return FarStage(self, self.stage_id)
 
     def apply(
-        self, stage: FarStage, progress: Observer, stop: threading.Event | None = None
+        self,
+        stage: FarStage,
+        progress: Callable[[int], None],
+        stop: threading.Event | None = None,
     ) -> None:
-        self.ask(Kind.APPLY, {}, observer=progress, lasting=True)
+        """Bring the replica to the point of a sealed stage. Once asked for it goes on there,
+        whatever becomes of this run."""
+        self.ask(Kind.APPLY, {}, observer=_Progress(progress), lasting=True)
+        self.stage_id = ""
 
     def begin(self, state: State, generation: str) -> None:
         found = self.ask(Kind.BEGIN, {"state": str(state), "generation": generation})
         self.end = self.far_end(found.number("size"))
+        self.stage_id = ""
 
     def commit(self, point: Point) -> None:
         self.ask(Kind.COMMIT, {"point": asdict(point)}, lasting=True)
@@ -166,6 +185,17 @@ class RemoteReplica:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Progress:
+    """Of bytes that are applied there: of what phase they are is known here."""
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self.done = progress
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def warn(self, message: str) -> None: ...
 
 
 def _record(found: Fields) -> Record | None:
