@@ -1,4 +1,4 @@
-"""How fast a copy may read."""
+"""How fast a copy may read, and how fast a sender may send."""
 
 from __future__ import annotations
 
@@ -39,3 +39,43 @@ class RateLimit:
             start = max(self._free_at, now - BURST)
             self._free_at = start + count / rate
             return max(0.0, start - now)
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes per second at this moment."""
+        return self._rates.at(self._now())
+
+
+_SLICES = 16  # per second
+_SLICE_MOST = 256 << 10  # bytes
+
+
+class Throttle:
+    """Holds senders to a rate, slice by slice.
+
+    What is sent at a time is not larger than `slice`: then in any time no more leaves than the rate
+    allows for it, a third of a second's worth aside.
+    """
+
+    def __init__(
+        self,
+        rates: Rates,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._limit = RateLimit(rates, clock, now)
+        self._clock = clock
+
+    @property
+    def slice(self) -> int:
+        """How many bytes to send at a time, at this moment."""
+        rate = self._limit.rate
+        return _SLICE_MOST if rate is None else min(max(1, rate // _SLICES), _SLICE_MOST)
+
+    def wait(self, count: int, stop: threading.Event) -> bool:
+        """Wait until the next `count` bytes may be sent; False if `stop` was set before."""
+        until = self._clock() + self._limit.take(count)
+        while (left := until - self._clock()) > 0:
+            if stop.wait(left):
+                return False
+        return not stop.is_set()

@@ -12,27 +12,39 @@ if TYPE_CHECKING:
     from zstandard import ZstdCompressor
 
 _GAIN = 16  # less than this part of a payload saved is not worth the time of decompressing it
+_IDLE = 8  # contexts kept for the next payload: a few MiB each, at level 12 and above 40 and more
 
 
 class Compressor:
-    """zstd at one level. Threads may use it side by side."""
+    """zstd. Threads may use it side by side."""
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int | None = None) -> None:
+        """`level` is what compress() uses where it is not told."""
         self._level = level
-        self._own = threading.local()  # a context is for one thread at a time
+        self._lock = threading.Lock()
+        self._idle: list[tuple[int, ZstdCompressor]] = []  # the one used last is the last
 
-    def compress(self, data: memoryview) -> bytes | None:
+    def compress(self, data: memoryview, level: int | None = None) -> bytes | None:
         """`data` made smaller; None where that fails."""
-        packed = self._context().compress(data)
+        level = level if level is not None else self._level
+        if level is None:
+            raise ValueError("no level to compress at")
+        context = self._take(level)
+        packed = context.compress(data)
+        with self._lock:
+            self._idle.append((level, context))
+            del self._idle[:-_IDLE]
         return packed if len(packed) < len(data) - len(data) // _GAIN else None
 
-    def _context(self) -> ZstdCompressor:
-        found: ZstdCompressor | None = getattr(self._own, "context", None)
-        if found is None:
-            from zstandard import ZstdCompressor
+    def _take(self, level: int) -> ZstdCompressor:
+        """A context is for one thread at a time, and for one level."""
+        with self._lock:
+            for at in reversed(range(len(self._idle))):
+                if self._idle[at][0] == level:
+                    return self._idle.pop(at)[1]
+        from zstandard import ZstdCompressor
 
-            found = self._own.context = ZstdCompressor(level=self._level, write_content_size=True)
-        return found
+        return ZstdCompressor(level=level, write_content_size=True)
 
 
 class Decompressor:
