@@ -6,13 +6,13 @@ import contextlib
 import threading
 
 from blktrack.ship.address import Address
+from blktrack.ship.limit import Throttle
 from blktrack.ship.remote.client import Client
 from blktrack.ship.remote.wire import Wire
 from blktrack.ship.ssh import Connection
 from blktrack.ship.wire import hello
 from blktrack.ship.wire.channel import Channel
 from blktrack.ship.wire.errors import ConnectionLost
-from blktrack.ship.wire.pace import Throttle
 
 CONNECT = 20.0  # seconds to reach the host, and as many for what follows
 

@@ -28,7 +28,7 @@ class FarEnd(Endpoint):
         self._client = client
         self._key = key
         self._wire = wire
-        self._compressor = Compressor(1)
+        self._compressor = Compressor()
         self._zero_ways = [self._send_zero]
 
     def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
@@ -47,7 +47,7 @@ class FarEnd(Endpoint):
         codec, data, begun = Codec.NONE, list[bytes | memoryview](parts), time.monotonic()
         if level is not None:
             whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-            if packed := self._compressor.compress(whole):
+            if packed := self._compressor.compress(whole, level):
                 codec, data = Codec.ZSTD, [packed]
         compress_s = time.monotonic() - begun if level is not None else 0.0
         message = pack(Kind.WRITE, rows=rows, data=data, codec=codec, length=length)

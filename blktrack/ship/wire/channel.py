@@ -27,6 +27,10 @@ _BEATS = 4  # within the other side's patience
 class Pace(Protocol):
     """How fast may be sent."""
 
+    @property
+    def slice(self) -> int:
+        """How many bytes at a time."""
+
     def wait(self, count: int, stop: threading.Event) -> bool:
         """Wait until so many bytes may be sent; False if `stop` was set first."""
 
@@ -138,8 +142,11 @@ class Channel:
 
     def _write(self, data: bytes | bytearray | memoryview) -> None:
         with memoryview(data) as whole, whole.cast("B") as view:
-            for start in range(0, len(view), _SLICE):
-                self._write_slice(view[start : start + _SLICE])
+            start = 0
+            while start < len(view):
+                size = min(self._pace.slice, _SLICE) if self._pace else _SLICE
+                self._write_slice(view[start : start + size])
+                start += size
 
     def _write_slice(self, view: memoryview) -> None:
         if self._pace is not None:
