@@ -13,8 +13,8 @@ import signal
 import pytest
 
 from blktrack.errors import BlktrackError
+from blktrack.replication import Replication
 from blktrack.ship.record import Record
-from blktrack.sync import Replication
 from blktrack.tracker import tracker
 from blktrack.units import KIB
 from tests import sectors

@@ -332,7 +332,7 @@ def test_wrong_usage_is_one_sentence_and_a_code(lab: Lab) -> None:
         (2, ["track", device, "--granularity", "5000"]),
         (2, ["track", str(TOP)]),
         (2, ["nonsense"]),
-        (2, ["sync", device, "ssh://host/file"]),
+        (2, ["sync", device, "ssh://host"]),
         (2, ["extents", device, "--target", "nothing"]),
         (3, ["extents", other]),
         (3, ["untrack", other]),
