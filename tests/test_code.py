@@ -50,6 +50,8 @@ FLOORS = {
     "ship.receive": 4,
     "ship.tell": 4,
     "ship.room": 3,
+    "ship.remote": 3,
+    "ship.keeper": 4,
     "tracker": 3,
     "history": 3,
     "doctor": 3,
@@ -58,16 +60,17 @@ FLOORS = {
     "options": 4,
     "policy": 5,
     "round": 5,
-    "sync": 6,
-    "send": 6,
-    "verify": 7,
-    "fleet": 7,
-    "metrics": 7,
+    "replication": 6,
+    "sync": 7,
+    "send": 7,
+    "verify": 8,
+    "fleet": 8,
+    "metrics": 8,
     "told": 3,
-    "tui": 7,
+    "tui": 8,
     "schedule": 3,
-    "cli": 8,
-    "__main__": 9,  # python -m blktrack: calls cli
+    "cli": 9,
+    "__main__": 10,  # python -m blktrack: calls cli
 }
 
 # Who alone may import what from outside: the rooms that may, by the module that they import.

@@ -135,7 +135,7 @@ def test_a_resync_under_way_goes_on_after_a_boot(host: Host) -> None:
     host.write(3 * MIB)
     with contextlib.suppress(ZeroDivisionError):
         # A sync that ended after it had taken what was pending.
-        host.monkeypatch.setattr("blktrack.sync.Replication.ship", lambda *_: 1 // 0)
+        host.monkeypatch.setattr("blktrack.replication.Replication.ship", lambda *_: 1 // 0)
         host.lab.sync(host.device, host.replica)
     host.monkeypatch.undo()
     host.monkeypatch.setenv("BLKTRACK_ROOT", str(host.lab.store.paths.run.parent.parent))
