@@ -111,6 +111,38 @@ def postgres_programs() -> Path:
     return found[max(found)]
 
 
+def netns() -> str:
+    """Two network namespaces can be joined by a cable. Leaves nothing."""
+    if reason := root() or tool("nsenter"):
+        return reason
+    try:
+        from pyroute2 import NetlinkError
+
+        from tests.netns import pair
+    except ImportError as error:
+        return f"pyroute2: {error}"
+    try:
+        with pair():
+            return ""
+    except (OSError, NetlinkError) as error:
+        return f"the kernel makes no two joined namespaces: {error}"
+
+
+def sshd() -> str:
+    """An sshd with the user that Debian makes for it, and root is one that it lets in."""
+    if reason := root() or tool("sshd") or tool("ssh") or tool("ssh-keygen"):
+        return reason
+    try:
+        pwd.getpwnam("sshd")
+    except KeyError:
+        return "no user sshd"
+    # sshd(8) on locked accounts; our server is without PAM, which would not mind.
+    for line in Path("/etc/shadow").read_text(encoding="utf-8").splitlines():
+        if line.startswith("root:!"):
+            return "root is locked (passwd -S root)"
+    return ""
+
+
 def filesystem(name: str) -> str:
     """The kernel knows the file system `name` and mkfs can make one."""
     if reason := tool(f"mkfs.{name}"):
@@ -139,6 +171,8 @@ PROBES: dict[str, Probe] = {
     "ext4": functools.partial(filesystem, "ext4"),
     "xfs": functools.partial(filesystem, "xfs"),
     "postgres": postgres,
+    "netns": netns,
+    "sshd": sshd,
     "cron": functools.partial(tool, "cron"),
     "systemd": functools.partial(tool, "systemd-analyze"),
     "debhelper": functools.partial(tool, "dh_python3"),
