@@ -28,6 +28,8 @@ dev_packages=(
     lintian        # tests: has the package the form that Debian asks for
     man-db         # tests: man and lexgrog read the man pages
     mandoc         # tests: its lint reads them too
+    openssh-client # tests: ssh, ssh-keygen
+    openssh-server # tests: the sshd of the host that a replica is on
     postgresql     # tests: a database that is replicated while it is written
     qemu-system-x86  # tests: a replica that boots
     rsync          # benchmark: what an incremental sync is measured against
@@ -39,6 +41,10 @@ dev_packages=(
 
 # Keeps Debian's postgresql from making a server of its own on this host; there during the install.
 no_cluster=/etc/postgresql-common/createcluster.d/blktrack-setup.conf
+
+# While this file is there Debian's openssh-server starts no server, now or at the next boot. It
+# stays, as the tests want the program alone; purging the package removes it.
+no_sshd=/etc/ssh/sshd_not_to_be_run
 
 # The Python that python3-bpfcc belongs to: a python3 elsewhere in PATH cannot import bcc.
 python=/usr/bin/python3
@@ -68,7 +74,9 @@ check_python() {
         "$("$python" --version) is too old, blktrack needs 3.11; use Debian 12, Ubuntu 24.04 or newer."
 }
 
-remove_no_cluster() {
+undo_guards() {
+    # Without the server it would wait for one that is installed for other reasons.
+    [[ ! -v made_no_sshd || -x /usr/sbin/sshd ]] || rm -f "$no_sshd"
     rm -f "$no_cluster"
     rmdir "${no_cluster%/*}" /etc/postgresql-common 2>/dev/null || true
 }
@@ -81,14 +89,20 @@ install_packages() {
     local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300
         -o Dpkg::Use-Pty=0)
     "${apt[@]}" update || say "apt-get update failed, of some source perhaps; going on without."
+    trap undo_guards EXIT
+    if [[ " $* " == *" openssh-server "* && ! -e $no_sshd ]]; then
+        mkdir -p "${no_sshd%/*}"
+        made_no_sshd=1
+        echo "Made by blktrack's tools/setup.sh: its tests need the program sshd, not a server." \
+            >"$no_sshd"
+    fi
     if [[ " $* " == *" postgresql "* ]]; then
-        trap remove_no_cluster EXIT
         mkdir -p "${no_cluster%/*}"
         echo 'create_main_cluster = false' >"$no_cluster"
     fi
     "${apt[@]}" install -y --no-install-recommends "$@" >/dev/null ||
         die "apt-get could not install $*; its message above says why."
-    remove_no_cluster
+    undo_guards
 }
 
 # One line that changes when .venv has to be made anew or completed.
