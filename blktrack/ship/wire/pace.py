@@ -49,26 +49,29 @@ _RUNGS = (
     _Rung(9, 1.1, 6.0),
     _Rung(12, 1.12, 13.0),
 )
-_START = 3  # the rung of level 1
+_RUNG_OF = {rung.level: at for at, rung in enumerate(_RUNGS)}
+_START = _RUNG_OF[1]
 
 _GAIN, _COST = math.log(3), 4e-9  # of level 1, before anything was measured
 _LINK = 50e6  # bytes per second: likewise; a rate that no choice is very wrong for
 _MEMORY = 4 * MIB  # so much of the latest data counts most
-_TRUST = 4.0  # a batch that was sent many times faster counts as so many times
-_LINK_MOST = 1.25e9  # and that much is more than ssh can do
-_BUFFER = 2 * MIB  # of what was sent counts most: pipes, ssh and TCP take about so much at once
-_FULL = 0.7  # part of the time
-_SEARCH, _SEARCH_MOST = 64 * MIB, 512 * MIB  # of data while which a rate may seem e times as high
+_LINK_MOST = 1.25e9  # more than ssh can do
+_FULL = 0.7  # part of the time that is spent sending
+_BUFFER = 4 * MIB  # of what is sent, while which a rate that was never measured grows e times
+_SEARCH, _SEARCH_MOST = 64 * MIB, 512 * MIB  # of data, while which one that was does
+_MANY = 50.0  # of these: math.exp() has an end
 _DRIFT = 0.25  # part of a surprise that is put down to the level and not to the data
+_FAR = 1.5  # times as much or as little as was expected is a great surprise
 _SPAN = 3.0  # how far from what is typical a level may be, either way
-_SHARP = 3.0  # the slower counts; where they are near, that each waits for the other at times too
+_SHARP = 5.0  # the slower counts; where they are near, that each waits for the other at times too
 _STAY = 0.02  # what is better by less is not worth a change
 _PROBE = 8  # choices after which a neighbour is looked at
 _RARELY = 64  # and where that never pays
 _NEAR = 1.25  # a neighbour that looks worse than so is looked at rarely from the beginning
-_UNDER_WAY = 4  # batches: one of each thread
-_NOTES = 8  # batches over which the course of the whole is averaged
-_NOTHING = 1e-12  # so little is no measure of a factor
+_THREADS = 4  # that compress and send
+_ALONE = 1.1  # by so little they can go on more slowly than alone, and it says nothing
+_NOTES = 12  # batches over which the course of the whole is averaged
+_NOTHING = 1e-12  # instead of a division by zero
 
 
 class Level:
@@ -84,20 +87,18 @@ class Level:
         processors: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """processors -- that compress at the same time: those of this process, and the threads
-        that compress, at most.
+        """processors -- that there are for this process, if not those that the kernel says.
 
         ValueError for a level that is none.
         """
         if isinstance(setting, int) and not 1 <= setting <= FIXED_MOST:
             raise ValueError(f"{setting} is not a level from 1 to {FIXED_MOST}")
         self._setting = setting
-        self._processors = processors or min(4, len(os.sched_getaffinity(0)))
         self._lock = threading.Lock()
         self._link = _Link()
-        self._course = _Course(clock)
-        self._gain = _Profile(_GAIN, [rung.gain for rung in _RUNGS])
-        self._cost = _Profile(_COST, [rung.cost for rung in _RUNGS])
+        self._course = _Course(clock, processors or len(os.sched_getaffinity(0)))
+        self._gain = _Profile(_GAIN, 0.1, [rung.gain for rung in _RUNGS])
+        self._cost = _Profile(_COST, 0.0, [rung.cost for rung in _RUNGS])
         self._now = _START
         self._wait = self._patience = _PROBE
         self._settling = 0
@@ -116,26 +117,31 @@ class Level:
             return _RUNGS[rung].level
 
     def note(
-        self, level: int | None, raw: int, stored: int, compress_s: float, send_s: float
+        self,
+        level: int | None,
+        raw: int,
+        stored: int,
+        *,
+        compress_s: float,
+        cpu_s: float,
+        send_s: float,
     ) -> None:
-        """What became of a batch: its bytes, those that were sent, and seconds by the clock.
+        """What became of a batch: its bytes, those that were sent, and seconds.
 
         stored -- `raw` if it was sent as it is, also where compressing it was in vain.
-        compress_s -- 0.0 for level None.
-        send_s -- with waits for a limit, without those for other senders.
+        compress_s, cpu_s -- compressing, by the clock and of a processor; 0.0 for level None.
+        send_s -- by the clock, with waits for a limit, without those for other senders.
         """
         if self._setting != "adapt" or raw <= 0:
             return
-        rung = next(i for i, rung in enumerate(_RUNGS) if rung.level == level)
+        rung = _RUNG_OF[level]
         with self._lock:
             weight = 1 - math.exp(-raw / _MEMORY)
-            self._course.end(compress_s, send_s)
-            self._link.note(raw, stored, send_s, full=self._course.sending > _FULL)
+            self._course.end(compress_s, cpu_s, stored, send_s)
+            self._link.note(raw, stored, self._course.rate, full=self._course.sending > _FULL)
             if level is not None:
-                # Our own threads, if they are more than the processors, slowed each other.
-                alone = compress_s / max(1.0, self._course.threads / self._processors)
-                self._cost.note(rung, alone / raw, weight)
-                self._gain.note(rung, math.log(raw / min(stored, raw)), weight)
+                self._cost.note(rung, cpu_s / raw, weight)
+                self._gain.note(rung, math.log(raw / max(1, min(stored, raw))), weight)
             self._settle()
 
     def _settle(self) -> None:
@@ -145,12 +151,12 @@ class Level:
         if self._settling <= 0 and times[best] < times[self._now] * (1 - _STAY):
             # The batches under way were chosen for before: what comes of this is not known yet.
             self._now = min(max(best, self._now - 1), self._now + 2)
-            self._settling = _UNDER_WAY
+            self._settling = _THREADS
             self._wait = self._patience = _PROBE
 
     def _time(self, rung: int) -> float:
         """Seconds per byte that the whole would take at a level."""
-        compressing = self._cost.at(rung) / self._processors
+        compressing = self._cost.at(rung) / self._course.processors
         sending = math.exp(-self._gain.at(rung)) / self._link.rate
         return math.pow(compressing**_SHARP + sending**_SHARP, 1 / _SHARP)
 
@@ -161,85 +167,97 @@ class Level:
         near = self._time(rung) < _NEAR * self._time(self._now)
         self._patience = min(_RARELY, self._patience * (1 if near and self._now else 2))
         self._wait = self._patience
-        # Without a look nothing is learned of the data; else one that costs much teaches little.
-        return rung if near or self._now == 0 else self._now
+        # Without a look nothing is learned of the data; else one that costs much is rare.
+        return rung if near or self._now == 0 or self._patience == _RARELY else self._now
 
 
 class _Link:
     """Bytes per second, as the senders see it.
 
-    What a buffer before the link takes at once looks like a fast link. Senders that wait nearly all
-    the time have measured it; from there on those that do not may raise the rate, slowly.
+    Pipes, ssh and TCP take a few MiB at once, which looks like a fast link. Senders that wait most
+    of the time have measured it; others may raise the rate from there on, slowly.
     """
 
     def __init__(self) -> None:
-        self._bytes = float(_BUFFER)
-        self._seconds = _BUFFER / _LINK
-        self._measured = math.inf  # when it was full
-        self._before = 0.0  # and the time before that
-        self._since = 0  # bytes of data since
+        self.rate = self._measured = _LINK
+        self._known = False
+        self._before = 0.0  # what was measured before the last search
+        self._searched = 0.0  # since the last measurement, in units of _search
         self._search = _SEARCH
 
-    @property
-    def rate(self) -> float:
-        return self._bytes / self._seconds
-
-    def note(self, raw: int, count: int, seconds: float, *, full: bool) -> None:
-        most = min(_TRUST * self.rate, _LINK_MOST)
+    def note(self, raw: int, sent: int, seen: float, *, full: bool) -> None:
+        """`seen` is the rate at which bytes went while they were sent."""
         if full:
-            self._since = 0
-        else:
-            if self._since == 0 and self._measured < math.inf:
-                found = self._measured > 2 * self._before
-                self._search = _SEARCH if found else min(2 * self._search, _SEARCH_MOST)
-                self._before = self._measured
-            most = min(most, self._measured * math.exp(min(50.0, self._since / self._search)))
-            self._since += raw
-        keep = math.exp(-count / _BUFFER)
-        self._bytes = self._bytes * keep + count
-        self._seconds = self._seconds * keep + max(seconds, count / most)
-        if full:
-            self._measured = self.rate
+            self._known = True
+            self._searched = 0.0
+            self._measured = self.rate = seen
+            return
+        if self._known and self._searched == 0:
+            found = self._measured > 2 * self._before
+            self._search = _SEARCH if found else min(2 * self._search, _SEARCH_MOST)
+            self._before = self._measured
+        self._searched += raw / self._search if self._known else sent / _BUFFER
+        most = self._measured * math.exp(min(self._searched, _MANY))
+        self.rate = min(seen, most, _LINK_MOST)
 
 
 class _Course:
     """What the threads did lately, while any was at work: a pause between is nobody's slowness."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], processors: int) -> None:
         self._clock = clock
+        self._all = processors
         self._last = 0.0
         self._inside = 0  # threads between choose() and note()
-        self._compressing = self._sending = self._passed = 0.0
+        self._passed = self._compressing = self._cpu = self._sent = self._sending = 0.0
 
     def begin(self) -> None:
         if self._inside == 0:
             self._last = self._clock()
         self._inside += 1
 
-    def end(self, compress_s: float, send_s: float) -> None:
+    def end(self, compress_s: float, cpu_s: float, sent: int, send_s: float) -> None:
         now, keep = self._clock(), 1 - 1 / _NOTES
         self._passed = self._passed * keep + now - self._last
         self._compressing = self._compressing * keep + compress_s
+        self._cpu = self._cpu * keep + cpu_s
+        self._sent = self._sent * keep + sent
         self._sending = self._sending * keep + send_s
         self._inside = max(0, self._inside - 1)
         self._last = now
-
-    @property
-    def threads(self) -> float:
-        """How many compressed at a time."""
-        return self._compressing / max(self._passed, _NOTHING)
 
     @property
     def sending(self) -> float:
         """The part of the time in which one of them was sending."""
         return self._sending / max(self._passed, _NOTHING)
 
+    @property
+    def rate(self) -> float:
+        """Bytes per second while one of them was sending."""
+        return self._sent / max(self._sending, _NOTHING)
+
+    @property
+    def processors(self) -> float:
+        """How many there are for _THREADS that compress, next to what else runs here.
+
+        Threads that are more than the processors share them evenly: from how slowly ours went on,
+        and how many they were, follows how many others there are.
+        """
+        slower = self._compressing / max(self._cpu, _NOTHING)
+        if slower < _ALONE:
+            return min(_THREADS, self._all)
+        ours = self._compressing / max(self._passed, _NOTHING)
+        others = max(0.0, slower * self._all - ours)
+        return min(_THREADS, self._all, _THREADS * self._all / (_THREADS + others))
+
 
 class _Profile:
     """A quantity that depends on the data, as one number, and on the rung, as a factor."""
 
-    def __init__(self, base: float, typical: list[float]) -> None:
+    def __init__(self, base: float, least: float, typical: list[float]) -> None:
+        """Below `least` it says nothing of the rungs."""
         self._base = base
+        self._least = least
         self._typical = typical
         self._factor = list(typical)
         self._seen = [0.0] * len(typical)
@@ -251,11 +269,14 @@ class _Profile:
     def note(self, rung: int, value: float, weight: float) -> None:
         """`value` was measured; `weight`, up to 1, is how much of the past it replaces.
 
-        On a rung that is new the surprise is the rung's, on one that is known the data's.
+        A great surprise is the data's, a small one that of a rung that is new, or mostly the data's
+        on one that is known.
         """
         factor, seen = self._factor[rung], self._seen[rung]
         share = 0.0
-        if self._base * self._typical[rung] > _NOTHING:
+        expected = self._base * factor
+        far = not expected / _FAR < value < expected * _FAR
+        if self._base > self._least and not far:
             share = max(weight / (seen + weight), _DRIFT * weight)
             moved = factor + share * (value / self._base - factor)
             typical = self._typical[rung]
