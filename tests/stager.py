@@ -35,7 +35,9 @@ LINK = "link-1"
 
 @dataclass
 class Order:
-    what: str  # "apply": stage and apply; "open": only open to write; "finish": without the source
+    # "apply": stage and apply; "parts": the same, but in parts that are kept; "open": only open to
+    # write; "finish": without the source
+    what: str
     folder: str  # of run and lib
     target: str
     source: str
@@ -72,6 +74,40 @@ def bring(order: Order) -> None:
         copy(source, stage.end, every)
         stage.seal(every, point(order.epoch))
         replica.apply(stage)
+
+
+PARTS = 5
+
+
+def told(order: Order) -> Path:
+    """Where `bring_in_parts` tells what is durable, a line for each: the stage, the part and the
+    round. It outlives the death of a process, as what was sent to another host does."""
+    return Path(order.folder) / "told"
+
+
+def part(order: Order, number: int) -> extent.ExtentArray:
+    return extent.from_pairs([(start, length) for start, length in order.extents[number::PARTS]])
+
+
+def bring_in_parts(order: Order) -> None:
+    """As from another host: it goes on where an earlier one has told to be."""
+    with open_replica(order) as replica:
+        stage = replica.partial() or replica.stage(keep=True)
+        known = told(order).read_text().split("\n") if told(order).exists() else []
+        with stage, open_end(order.source) as source, open_end(order.decoy) as decoy:
+            with open(told(order), "a") as tell:
+                for number in range(PARTS):
+                    rounds = ((decoy, part(order, number)[::2]), (source, part(order, number)))
+                    for turn, (end, extents) in enumerate(rounds):
+                        line = f"{stage.id} {number} {turn}"
+                        if f"{stage.id} {number} 1" in known:
+                            continue
+                        copy(end, stage.end, extents)
+                        stage.checkpoint()
+                        print(line, file=tell, flush=True)
+            every = [(start, length) for start, length in order.extents]
+            stage.seal(extent.from_pairs(every), point(order.epoch))
+            replica.apply(stage)
 
 
 class Stager:
@@ -116,6 +152,8 @@ def obey(order: Order, name: str, errors: int) -> NoReturn:
         match order.what:
             case "apply":
                 bring(order)
+            case "parts":
+                bring_in_parts(order)
             case "open":
                 open_replica(order).close()
             case "finish":

@@ -73,7 +73,8 @@ class Stage:
         self._dropped = False
         self._journal: Journal | None = None
         self._noted = 0  # rows that the journal has
-        self._failed: BlktrackError | None = None  # after which nothing is noted or sealed
+        # A failed flush may have dropped data, and the next one succeed: it is never asked again.
+        self._failed: BlktrackError | None = None
 
     @property
     def bytes(self) -> int:
@@ -204,7 +205,6 @@ class Stage:
             crash.point("part-flushed")
             self._journal.append(joined(rows), packed)
         except BlktrackError as error:
-            # A failed flush may have dropped data, and the next one succeed: never ask again.
             self._failed = error
             raise
         self._noted += len(rows)
@@ -220,7 +220,11 @@ class Stage:
         index = resolve(self.end.index())
         if not np.array_equal(extent.union(extent.empty(), index[:, :2]), extents):
             raise ValueError("what is staged are not the extents that were to be")
-        packed = self.end.finish()
+        try:
+            packed = self.end.finish()
+        except BlktrackError as error:
+            self._failed = error
+            raise
         crash.point("stage-flushed")
         data = index.astype("<i8").tobytes()
         write_bytes(self._folder / INDEX, data)  # the pack's name becomes durable with it
