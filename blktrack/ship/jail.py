@@ -163,8 +163,14 @@ class Jail:
                 hint="replace it by a folder, or choose another replica",
             )
         self._check_writers(real)
-        with os.scandir(real) as entries:
-            links = [entry.name for entry in entries if entry.is_symlink()]
+        try:
+            with os.scandir(real) as entries:
+                links = [entry.name for entry in entries if entry.is_symlink()]
+        except OSError as error:
+            raise Refused(
+                f"the state of {name}, {state}, cannot be read: {error.strerror}",
+                hint="give it to the user that receives",
+            ) from error
         if links:
             raise Refused(
                 f"the state of {name} has a link in it: {state / links[0]}",
