@@ -15,8 +15,10 @@ from blktrack.units import MIB
 from tests import sectors
 from tests.blockdev import TOP, Lab, run, write_direct
 from tests.cleanroot import CleanRoot, clean_root
+from tests.jails import FILL, full
 from tests.test_oracle import fill
 
+RECOMMENDED = ("python3-bpfcc", "python3-pyroute2", "python3-rich")
 _WRITES = itertools.count(1)
 
 
@@ -62,6 +64,8 @@ def test_installed_in_a_clean_root(lab: Lab, package: Path) -> None:
     before = folder.files()
     run("cp", package, folder.folder / "tmp")
     folder.install(f"/tmp/{package.name}")
+    check_that_it_receives(folder)
+    folder.install(*RECOMMENDED)
     version = package.name.split("_")[1]
     assert folder.run("blktrack", "--version").out.startswith(f"blktrack {version}")
     folder.run("blktrack", "doctor")
@@ -70,6 +74,27 @@ def test_installed_in_a_clean_root(lab: Lab, package: Path) -> None:
     check_the_unit(folder, device)
     check_upgrade(folder, package, device)
     check_removal(folder, package, device, before)
+
+
+def check_that_it_receives(root: CleanRoot) -> None:
+    """Without what is recommended, as a plain user, through the command of a key."""
+    root.run("blktrack", "recv", "--help")
+    (root.folder / "tmp/full.delta").write_bytes(full())
+    root.run("install", "-d", "-o", "nobody", "/srv/replicas")
+    restricted = (
+        "exec setpriv --reuid=nobody --regid=nogroup --clear-groups"
+        " blktrack recv --restrict /srv/replicas --json </tmp/full.delta"
+    )
+    asked = ("env", "SSH_ORIGINAL_COMMAND=blktrack recv /srv/replicas/x.img", "sh", "-c")
+    assert json.loads(root.run(*asked, restricted).out)["mode"] == "initial"
+    assert (root.folder / "srv/replicas/x.img").read_bytes()[: len(FILL)] == FILL
+    for command, package in (
+        (("top", "--once"), "python3-rich"),
+        (("track", "/dev/loop0"), "python3-bpfcc"),
+    ):
+        told = root.run("blktrack", *command, code=1).err
+        assert f"apt-get install {package}" in told and len(told.splitlines()) == 2
+    root.run("rm", "-r", "/srv/replicas")
 
 
 def check_what_came_along(root: CleanRoot) -> None:

@@ -118,7 +118,7 @@ make_venv() {
     # rewritten to see them: bcc is there and nowhere else.
     "$python" -m venv --clear .venv ||
         die "$python could not make .venv; reinstall python3-venv, or free some space."
-    .venv/bin/python -m pip --disable-pip-version-check -qq install --editable '.[dev]' ||
+    .venv/bin/python -m pip --disable-pip-version-check -qq install --editable '.[source,dev]' ||
         die "pip could not install the Python packages; its message above says why."
     "$python" -m venv --system-site-packages --without-pip .venv
 }

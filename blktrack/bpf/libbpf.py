@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from blktrack.errors import BlktrackError
+
 # enum bpf_map_type, bpf_prog_type, bpf_attach_type, flags: include/uapi/linux/bpf.h, stable ABI
 MAP_HASH, MAP_ARRAY, MAP_PERCPU_ARRAY, MAP_ARRAY_OF_MAPS = 1, 2, 6, 12
 PROG_TYPE_TRACING, TRACE_RAW_TP = 26, 23
@@ -140,8 +142,13 @@ class MapInfo(ct.Structure):
 
 @functools.cache
 def library() -> ct.CDLL:
-    """OSError where libbpf is not installed."""
-    lib = ct.CDLL(SONAME, use_errno=True)
+    """BlktrackError where libbpf is not installed."""
+    try:
+        lib = ct.CDLL(SONAME, use_errno=True)
+    except OSError as error:
+        raise BlktrackError(
+            f"libbpf is not installed, which tracks: {error}", hint="apt-get install python3-bpfcc"
+        ) from error
     lib.libbpf_set_print(None)  # its messages would go to standard error
     return lib
 

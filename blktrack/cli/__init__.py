@@ -44,6 +44,16 @@ COMMANDS = {
 # recv: a replica file is written by whoever may write it.
 _NEEDS_ROOT = set(COMMANDS) - {"doctor", "recv", "config", "help", "completion"}
 
+# Packages of Python's that may be missing, and Debian's names of them. A host that only receives
+# has the first three.
+_PACKAGES = {
+    "numpy": "python3-numpy",
+    "xxhash": "python3-xxhash",
+    "zstandard": "python3-zstandard",
+    "pyroute2": "python3-pyroute2",
+    "rich": "python3-rich",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code of the outside contract."""
@@ -62,6 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _PACKAGES:
+            raise
+        _complain(
+            f"this needs the Python package {name}, which is not installed",
+            f"apt-get install {_PACKAGES[name]}, or install {name} where this Python finds it",
+        )
+        return 1
     except MemoryError as error:
         detail = f": {error}" if str(error) else ""
         _complain(f"out of memory{detail}", "free some, or track with a larger --granularity")

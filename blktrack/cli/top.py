@@ -95,7 +95,8 @@ def _ids(names: list[str]) -> list[str]:
 
 def _print(args: argparse.Namespace, look: Callable[[], TopReport], outlook: Outlook) -> None:
     """Rates need two readings: the first is not printed."""
-    from blktrack.tui import plain
+    if not args.json:
+        from blktrack.tui import plain  # needs rich
 
     with interruptible("top", ""):
         due = time.monotonic()
