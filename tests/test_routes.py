@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blktrack.ship import routes
 from blktrack.ship.address import Address
 from blktrack.ship.retry import Retry
 from blktrack.ship.routes import PathWatch, route_to
@@ -153,26 +155,24 @@ def test_too_much_news_are_news() -> None:
     in_own_network(body)
 
 
-def test_news_that_go_on_and_on_end_a_wait_all_the_same() -> None:
-    def body(network: Network) -> None:
-        ended = threading.Event()
+class Scripted(PathWatch):
+    """One to which the kernel tells what the test says: whether there are news, at each look."""
 
-        def flap() -> None:
-            while not ended.is_set():
-                network.set("far0", "down")
-                network.set("far0", "up")
+    def __init__(self, news: Iterable[bool]) -> None:
+        super().__init__()
+        self._left = iter(news)
 
-        network.join()
-        with PathWatch() as watch:
-            flapping = threading.Thread(target=flap)
-            flapping.start()
-            try:
-                assert watch.wait(LONG, NEVER)
-            finally:
-                ended.set()
-                flapping.join()
+    def _news(self, timeout: float) -> bool:
+        return next(self._left)
 
-    in_own_network(body)
+
+def test_what_follows_on_each_other_is_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Scripted([False, True, True, True, False, True]) as watch:
+        assert watch.wait(LONG, NEVER)
+        assert list(watch._left) == [True]  # the next thing
+    monkeypatch.setattr(routes, "_BURST", 0.05)
+    with Scripted(itertools.repeat(True)) as watch:
+        assert watch.wait(LONG, NEVER)
 
 
 def test_stop_ends_a_wait() -> None:

@@ -77,7 +77,7 @@ class Retry:
         """
         self.attempts += 1
         left = self.left
-        if left <= 0 or self._stop.is_set():
+        if left <= 0:
             return False
         delay = min(self._delay * (1 - self._chance() / 2), left)
         self._delay = min(2 * self._delay, MOST)
