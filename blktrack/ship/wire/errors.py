@@ -24,3 +24,14 @@ class ProtocolError(BlktrackError):
             f"{peer} breaks the protocol: {what}",
             hint=hint or "use the same version of blktrack on both hosts",
         )
+
+
+class NoKeeper(ProtocolError):
+    """Something else speaks where a keeper should: a login that is no shell, say."""
+
+    def __init__(self, peer: str, said: str) -> None:
+        super().__init__(
+            peer,
+            f"it says {said} instead of starting blktrack recv",
+            hint="let the login there start blktrack recv --serve, and print little else",
+        )

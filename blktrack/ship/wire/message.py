@@ -22,6 +22,7 @@ import xxhash
 
 from blktrack.extent import ExtentArray
 from blktrack.ship.delta.codec import Decompressor
+from blktrack.ship.delta.errors import DeltaInvalid
 from blktrack.ship.delta.format import MAX_FRAME, Codec, checksum
 from blktrack.units import KIB
 
@@ -60,7 +61,8 @@ class Kind(IntEnum):
 _DATA = {Kind.WRITE}  # whose data may be compressed
 _ROWS = {Kind.WRITE, Kind.ZERO, Kind.COMPARE}
 _BOUNDED = {Kind.WRITE, Kind.COMPARE}  # whose extents have to fit a buffer
-_BINARY = {Kind.WRITE, Kind.ZERO, Kind.COMPARE, Kind.DIGESTS, Kind.PING, Kind.ALIVE}
+_BINARY = {Kind.WRITE, Kind.COMPARE, Kind.DIGESTS}  # what is not named in either has JSON
+_EMPTY = {Kind.ZERO, Kind.PING, Kind.ALIVE}
 _KINDS = {int(kind): kind for kind in Kind}
 _CODECS = {int(codec): codec for codec in Codec}
 
@@ -142,8 +144,7 @@ class Reader:
         rows = np.frombuffer(raw[: count * _ROW], dtype="<i8").astype(np.int64).reshape(-1, 2)
         data: memoryview | bytes = raw[count * _ROW :]
         if codec is Codec.ZSTD:
-            self._decompressor = self._decompressor or Decompressor()
-            data = self._decompressor.decompress(raw[count * _ROW :], length, 0)
+            data = self._decompressed(raw[count * _ROW :], length)
         if count and (rows[:, 0].min() < 0 or rows[:, 1].min() <= 0):
             raise Malformed(f"a message {kind.name} has an extent with no place")
         if kind in _BOUNDED and (
@@ -154,12 +155,19 @@ class Reader:
             raise Malformed("a message WRITE has not the data of its extents")
         return Message(kind, request, rows if count else _NO_ROWS, data)
 
+    def _decompressed(self, packed: memoryview, length: int) -> bytes:
+        self._decompressor = self._decompressor or Decompressor()
+        try:
+            return self._decompressor.decompress(packed, length, 0)
+        except DeltaInvalid as error:
+            raise Malformed(f"a message whose data is no zstd frame of {length} bytes") from error
+
 
 def _wrong(kind: Kind, codec: Codec, count: int, stored: int, length: int) -> str:
     """What a message may not say so: a clause, "" if it may."""
     if bool(count) is not (kind in _ROWS) or count > MAX_ROWS:
         return f"has {count} extents"
-    most = MAX_DATA if kind in _BINARY else MAX_JSON
+    most = MAX_DATA if kind in _BINARY else 0 if kind in _EMPTY else MAX_JSON
     if stored > most or length > most:
         return f"has {max(stored, length)} bytes, and {most} are allowed"
     if codec is not Codec.NONE:
