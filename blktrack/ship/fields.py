@@ -18,6 +18,7 @@ MAX_TEXT = 4096  # characters
 MAX_TIME = 253402300799  # the last second of the year 9999
 LEVELS = ("none", "crash", "filesystem")
 
+_MOST_SAID = MAX_TEXT // 2
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -102,6 +103,11 @@ class Fields:
         if level not in LEVELS:
             fields.refuse("consistency")
         return Point(fields.number("epoch"), fields.text("generation"), fields.time("time"), level)
+
+
+def sayable(text: str) -> str:
+    """What another host takes for a text: in one line, and not too long."""
+    return _UNPRINTABLE.sub("?", " ".join(text.split()))[:_MOST_SAID]
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

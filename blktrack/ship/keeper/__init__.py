@@ -14,12 +14,12 @@ from typing import Any
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError
 from blktrack.ship.delta.pipe import Sink, Source
+from blktrack.ship.fields import sayable
 from blktrack.ship.jail import Jail
 from blktrack.ship.keeper.session import Session
 from blktrack.ship.keeper.wrong import SOURCE
 from blktrack.ship.wire import hello
 from blktrack.ship.wire.channel import Channel
-from blktrack.ship.wire.errors import ConnectionLost
 from blktrack.ship.wire.inbox import Inbox
 from blktrack.ship.wire.message import Kind, pack_json
 
@@ -44,8 +44,8 @@ def serve(source: Source, sink: Sink, paths: Paths, jail: Jail | None) -> None:
             while message := inbox.take():
                 request = message.request
                 session.handle(message)
-    except BlktrackError as error:
-        with contextlib.suppress(ConnectionLost):
+    except Exception as error:
+        with contextlib.suppress(BlktrackError):
             channel.send(pack_json(Kind.FAILED, request, _told(error)))
         inbox.drop(_LINGER)
         raise
@@ -53,11 +53,13 @@ def serve(source: Source, sink: Sink, paths: Paths, jail: Jail | None) -> None:
         channel.close()
 
 
-def _told(error: BlktrackError) -> dict[str, Any]:
+def _told(error: Exception) -> dict[str, Any]:
+    if not isinstance(error, BlktrackError):
+        error = BlktrackError(f"it failed: {str(error) or type(error).__name__}")
     kinds = [kind.__name__ for kind in type(error).__mro__]
     return {
-        "message": str(error),
-        "hint": error.hint,
+        "message": sayable(str(error)),
+        "hint": sayable(error.hint),
         "exit": error.exit_code,
         "kinds": kinds[: kinds.index(BlktrackError.__name__) + 1],
     }

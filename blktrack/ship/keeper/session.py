@@ -11,11 +11,11 @@ from typing import Any
 
 from blktrack import crash, extent
 from blktrack.config import Paths
-from blktrack.errors import Refused
+from blktrack.errors import BlktrackError, Refused
 from blktrack.quiesce.find import devices_below
 from blktrack.ship.apply import finish
 from blktrack.ship.endpoint import DeviceEnd, EndError, open_end
-from blktrack.ship.fields import Fields
+from blktrack.ship.fields import Fields, sayable
 from blktrack.ship.jail import Jail
 from blktrack.ship.keeper.data import Data
 from blktrack.ship.keeper.wrong import wrong
@@ -26,7 +26,6 @@ from blktrack.ship.room import NoRoom
 from blktrack.ship.stage import Stage
 from blktrack.ship.wire import digests
 from blktrack.ship.wire.channel import Channel
-from blktrack.ship.wire.errors import ConnectionLost
 from blktrack.ship.wire.message import (
     Kind,
     Message,
@@ -113,7 +112,7 @@ class Session:
         return {
             "link": replica.link,
             "record": asdict(replica.record) if replica.record else None,
-            "changed": replica.changed,
+            "changed": sayable(replica.changed),
             "blank": replica.blank,
             "size": replica.end.size,
             "align": self._data.unit,
@@ -140,10 +139,11 @@ class Session:
     def _begin(self, fields: Fields) -> dict[str, Any]:
         replica = self._opened(fields)
         state = fields.text("state")
-        if state not in (State.UNFINISHED, State.APPLYING):
-            raise wrong(f"it begins with {state}")
-        if state == State.APPLYING and not replica.has_point:
-            raise wrong("it goes on from a point that the replica is not at")
+        known = [State.UNFINISHED]
+        if replica.record is not None and replica.record.point is not None:
+            known.append(State.APPLYING)
+        if state not in known:
+            raise wrong(f"it begins with {state!r}")
         self._drop_stage()
         replica.begin(State(state), fields.text("generation"))
         self._data.writes = replica.end
@@ -237,7 +237,7 @@ class Session:
     # What is told of a request that takes long. The source may be gone: then nobody is told.
 
     def phase(self, name: str, total: int) -> None:
-        self._tell({"phase": name, "total": total})
+        self._tell({"phase": sayable(name), "total": total})
 
     def done(self, count: int) -> None:
         now = time.monotonic()
@@ -246,10 +246,10 @@ class Session:
             self._tell({"done": count})
 
     def warn(self, message: str) -> None:
-        self._tell({"warn": message})
+        self._tell({"warn": sayable(message)})
 
     def _tell(self, value: dict[str, Any]) -> None:
-        with contextlib.suppress(ConnectionLost):
+        with contextlib.suppress(BlktrackError):
             self._channel.send(pack_json(Kind.PROGRESS, self._request, value))
 
     def __enter__(self) -> Session:

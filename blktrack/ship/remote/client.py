@@ -19,6 +19,8 @@ from blktrack.ship.wire.message import Kind, Message, pack_json
 
 _LOOK = 0.2  # seconds after which who waits for an answer looks up
 _GRACE = 10.0  # seconds that an answer may take once the run is to end
+_REASON = 5.0  # seconds that the reason of an end may come after it
+_MOST_TOLD = 100  # words of progress that wait
 # Classes of errors of the other side that are made again here; others become their base.
 _AGAIN = ("NotTracked", "NoPoint", "Busy", "UsageError", "Refused", "DeviceLost", "CopyFailed")
 
@@ -95,7 +97,7 @@ class Client:
             return self._answer(box, observer, 0.0 if lasting else _GRACE)
         finally:
             with self._lock:
-                del self._boxes[number]
+                self._boxes.pop(number, None)
 
     def _answer(
         self, box: queue.SimpleQueue[Message | Exception], observer: Observer, grace: float
@@ -135,13 +137,9 @@ class Client:
                     continue
                 if message.kind is Kind.FAILED:
                     raise self._told(Fields.parse(message.json(), "error", self._wrong))
-                with self._lock:
-                    box = self._boxes.get(message.request)
-                if box is not None:
-                    box.put(message)
+                self._put(message)
         except ConnectionLost as error:
-            if not self._closing:
-                self._fail(self._explain(error))
+            self._fail(error if self._closing else self._explain(error))
         except Exception as error:  # handed to whoever waits, and to whoever sends
             self._fail(error)
 
@@ -152,9 +150,20 @@ class Client:
             for box in self._boxes.values():
                 box.put(error)
 
+    def _put(self, message: Message) -> None:
+        """A request has one answer; of progress what is too much is left out."""
+        told = message.kind is Kind.PROGRESS
+        with self._lock:
+            box = self._boxes.get(message.request)
+            if box is None or (told and box.qsize() > _MOST_TOLD):
+                return
+            if not told:
+                del self._boxes[message.request]
+            box.put(message)
+
     def _why(self) -> Exception:
         """The keeper may have said why it ended; its last words come after the end of the pipe."""
-        self._reader.join(timeout=2.0)
+        self._reader.join(_REASON)
         return self._error or ConnectionLost(self._channel.peer, "it ended")
 
     def _told(self, fields: Fields) -> BlktrackError:
@@ -162,7 +171,7 @@ class Client:
         known = [kind for kind in _AGAIN if isinstance(kinds, list) and kind in kinds]
         make: type[BlktrackError] = getattr(errors, known[0]) if known else BlktrackError
         error = make(f"{self._channel.peer}: {fields.text('message')}", hint=fields.text("hint"))
-        error.exit_code = fields.number("exit", high=255)
+        error.exit_code = fields.number("exit", 1, 255)
         return error
 
     def _wrong(self, what: str) -> BlktrackError:

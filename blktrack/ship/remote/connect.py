@@ -12,9 +12,10 @@ from blktrack.ship.remote.wire import Wire
 from blktrack.ship.ssh import Connection
 from blktrack.ship.wire import hello
 from blktrack.ship.wire.channel import Channel
-from blktrack.ship.wire.errors import ConnectionLost
+from blktrack.ship.wire.errors import ConnectionLost, NoKeeper
 
 CONNECT = 20.0  # seconds to reach the host, and as many for what follows
+_OF_SSH = (126, 127, 255)  # of a shell that found no program, and of ssh itself
 
 
 class Link:
@@ -40,6 +41,7 @@ class Link:
                 peer=address.name,
                 patience=3600.0 if wire.interactive else 2 * CONNECT,
                 pace=pace,
+                stop=stop,
             )
             self._connection = connection
             stack.callback(self._count, channel)
@@ -47,6 +49,11 @@ class Link:
                 hello.greet(channel.fill, channel.write, peer=address.name, patience=wire.patience)
             except ConnectionLost as error:
                 raise connection.failure(up=False) from error
+            except NoKeeper as error:
+                failure = connection.failure(up=False)
+                if failure.code in _OF_SSH:
+                    raise failure from error
+                raise
             channel.patience = wire.patience
             self.client = Client(channel, stop, self._explain)
             stack.callback(self.client.close, self._end)

@@ -94,17 +94,18 @@ def different(
     """The source's: runs of granules that the answer says are others. ValueError if it is none."""
     all_units = list(units(pieces))
     runs: list[Piece] = []
-    at = 0
+    at, least = 0, 0
     while at < len(answered):
         index = int.from_bytes(answered[at : at + 4], "little")
         at += 4
-        if index >= len(all_units):
+        if not least <= index < len(all_units):
             raise ValueError("a unit that was not asked for")
+        least = index + 1
         for part in _granules(all_units[index], granularity):
             said = answered[at : at + SIZE]
             at += SIZE
             if len(said) != SIZE:
-                raise ValueError("digests are missing")
+                raise ValueError("too few digests")
             if digest(buffer, part, key) != said:
                 _extend(runs, Piece(*part))
     return runs

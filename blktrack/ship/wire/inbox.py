@@ -7,8 +7,7 @@ import threading
 import time
 from collections import deque
 
-from blktrack.errors import BlktrackError
-from blktrack.ship.wire.channel import Channel
+from blktrack.ship.wire.channel import LAST, Channel
 from blktrack.ship.wire.errors import ConnectionLost
 from blktrack.ship.wire.message import Kind, Message
 
@@ -23,7 +22,7 @@ class Inbox:
         self._changed = threading.Condition()
         self._messages: deque[Message] = deque()
         self._bytes = 0
-        self._ended: BlktrackError | None = None
+        self._ended: Exception | None = None
         self._dropping = False
         threading.Thread(target=self._fill, name="inbox", daemon=True).start()
 
@@ -59,7 +58,9 @@ class Inbox:
                 message = self._channel.receive()
                 if message.kind is not Kind.PING:
                     self._put(message)
-        except BlktrackError as error:
+        except Exception as error:  # raised again by take
+            if isinstance(error, ConnectionLost):
+                self._channel.hurry(LAST)
             with self._changed:
                 self._ended = error
                 self._changed.notify_all()
