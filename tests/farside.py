@@ -1,27 +1,78 @@
-"""The far side of a replica elsewhere, without a network: in the place of ssh runs the keeper."""
+"""Replicas elsewhere: over pipes, where the keeper stands in for ssh, and over a real ssh."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.blockdev import TOP
+import pytest
+
+from tests.blockdev import TOP, Lab
+from tests.netlab import NetLab
+
+KEEPER = (sys.executable, "-m", "blktrack", "recv")
+every_way = pytest.mark.parametrize(
+    "far",
+    ["pipe", pytest.param("ssh", marks=pytest.mark.needs("netns", "sshd"))],
+    indirect=True,
+)
 
 
-def pipe(folder: Path, *options: str) -> str:
-    """A command for BLKTRACK_SSH that runs `blktrack recv --serve` here, over pipes.
+@dataclass
+class FarSide:
+    """Where replicas are, as a folder here, and how blktrack names them."""
 
-    folder -- a scratch folder, which holds the script and the state of the far side.
-    options -- of the keeper, such as --restrict DIR.
-    """
+    folder: Path
+    net: NetLab | None  # None: over pipes
+
+    def name(self, replica: str = "replica") -> str:
+        path = self.folder / replica
+        return self.net.url(path) if self.net else f"ssh://far{path}"
+
+    def device(self, path: str) -> str:
+        """A device of the far host."""
+        return self.net.url(path) if self.net else f"ssh://far{path}"
+
+    def path(self, replica: str = "replica") -> Path:
+        return self.folder / replica
+
+    def serve(self, *options: str, env: Sequence[str] = ()) -> str:
+        """Have the keeper run so from now on; the command for BLKTRACK_SSH.
+
+        options -- of `blktrack recv`. env -- words NAME=VALUE for it.
+        """
+        words = ["env", f"PYTHONPATH={TOP}", *env, *KEEPER, *(options or ("--serve",))]
+        if self.net:
+            self.net.sshd.allow(words)
+            return self.net.environment["BLKTRACK_SSH"]
+        return pipe(self.folder.parent, words)
+
+
+def pipe(folder: Path, words: Sequence[str] = (*KEEPER, "--serve")) -> str:
+    """A command for BLKTRACK_SSH that runs the keeper over pipes, with its state in `folder`."""
     script = folder / "pipe"
-    root = folder / "far"
-    keeper = [sys.executable, "-m", "blktrack", "recv", *(options or ("--serve",))]
-    script.write_text(
+    new = folder / "pipe.new"
+    new.write_text(
         "#!/bin/sh\n"
+        'for word; do [ "$word" != -G ] || exit 0; done\n'  # asked for its configuration
         f"cd {shlex.quote(str(TOP))} || exit 255\n"
-        f"BLKTRACK_ROOT={shlex.quote(str(root))} exec {shlex.join(keeper)}\n"
+        f"export BLKTRACK_ROOT={shlex.quote(str(folder / 'far-root'))}\n"
+        f"exec {shlex.join(words)}\n"
     )
-    script.chmod(0o755)
+    new.chmod(0o755)
+    new.rename(script)
     return str(script)
+
+
+@pytest.fixture
+def far(request: pytest.FixtureRequest, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> FarSide:
+    """By its parameter, pipe or ssh: see every_way."""
+    net: NetLab | None = request.getfixturevalue("net") if request.param == "ssh" else None
+    folder = lab.folder / "elsewhere"
+    (folder / "replicas").mkdir(parents=True)
+    side = FarSide(folder / "replicas", net)
+    monkeypatch.setenv("BLKTRACK_SSH", side.serve())
+    return side
