@@ -12,13 +12,16 @@ The far side has a BLKTRACK_ROOT of its own.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
+from tests.lane import Shape
+from tests.link import Link
 from tests.netns import FAR, Host, pair
 from tests.sshd import PORT, Sshd
 
@@ -49,8 +52,16 @@ class NetLab:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def url(self, path: str | Path, *, port: int = PORT, host: str = FAR) -> str:
-        return f"ssh://{host}{'' if port == PORT else f':{port}'}{path}"
+    def url(self, path: str | Path, via: Link | None = None) -> str:
+        """Of a file on the far host, reached over the cable or over a link."""
+        return f"ssh://{FAR if via is None else f'{via.host}:{via.port}'}{path}"
+
+    def link(self, both: Shape | None = None, *, down: Shape | None = None, seed: int = 0) -> Link:
+        """To the far sshd, from the near host's own address; ends with the lab."""
+        made = Link(self.near, (FAR, PORT), seed)
+        if both is not None:
+            made.shape(both, down=down)
+        return made
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,19 +73,23 @@ class NetLab:
         return {"BLKTRACK_SSH": " ".join([*self.near.prefix, client])}
 
     def ssh(
-        self, *words: str, client: str | None = None, **options: Any
+        self, *words: str, client: str | None = None, via: Link | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """The far host's answer to a command, once it has ended."""
-        return self.near.run(self._ssh(words, client), **options)
+        """The far host's answer to a command, once it has ended. `options` are Host.run's."""
+        return self.near.run(self.ssh_command(*words, client=client, via=via), **options)
 
     def start_ssh(
-        self, *words: str, client: str | None = None, **options: Any
+        self, *words: str, client: str | None = None, via: Link | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
         """The same in the background; `options` are Popen's."""
-        return self.near.start(self._ssh(words, client), **options)
+        return self.near.start(self.ssh_command(*words, client=client, via=via), **options)
 
-    def _ssh(self, words: Sequence[str], client: str | None) -> list[str]:
-        return [*(client or self.sshd.client()).split(), FAR, *words]
+    def ssh_command(
+        self, *words: str, client: str | None = None, via: Link | None = None
+    ) -> list[str]:
+        """To be run on the near host."""
+        to = [FAR] if via is None else ["-p", str(via.port), via.host]
+        return [*shlex.split(client or self.sshd.client()), *to, *words]
 
     def link_down(self) -> None:
         """The cable is pulled at the far end: what is sent is lost, without a word.

@@ -93,8 +93,24 @@ class Host:
         # Its own way there, NetNS, forks all of this process, with its handlers of signals.
         from pyroute2 import IPRoute  # takes a quarter of a second, and most test runs need none
 
-        with _inside(self.path), IPRoute() as found:
+        with self.inside(), IPRoute() as found:
             yield found
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """This thread is on it meanwhile; its sockets stay there. See setns(2)."""
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def enter(file: IO[bytes]) -> None:
+            if libc.setns(file.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "setns", str(self.path))
+
+        with open("/proc/thread-self/ns/net", "rb") as here, self.path.open("rb") as there:
+            enter(there)
+            try:
+                yield
+            finally:
+                enter(here)
 
     def set(self, state: str) -> None:
         """Take the interface of the cable "down" or "up"."""
@@ -161,23 +177,6 @@ def _remove(namespace: Path) -> None:
     with contextlib.suppress(subprocess.CalledProcessError):
         run("umount", "--lazy", namespace)
     namespace.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _inside(namespace: Path) -> Iterator[None]:
-    """setns(2) for this thread, and back."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def enter(file: IO[bytes]) -> None:
-        if libc.setns(file.fileno(), CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "setns", str(namespace))
-
-    with open("/proc/thread-self/ns/net", "rb") as here, namespace.open("rb") as there:
-        enter(there)
-        try:
-            yield
-        finally:
-            enter(here)
 
 
 def processes_in(namespace: Path) -> set[int]:
