@@ -11,7 +11,7 @@ from hypothesis import settings
 from tests import reached  # before anything that imports blktrack
 from tests.needs import PROBES, Needs
 
-pytest_plugins = ["tests.blockdev", "tests.farside", "tests.loopdev", "tests.bench", "tests.netlab"]
+pytest_plugins = ["tests.blockdev", "tests.loopdev", "tests.bench", "tests.netlab", "tests.farside"]
 
 # A shared machine may stall any single example; the time limit of a test is pytest-timeout's.
 settings.register_profile("blktrack", deadline=None, print_blob=True)

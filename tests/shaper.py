@@ -7,7 +7,6 @@ its standard input.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -100,8 +99,15 @@ class Relay:
         for each in (near, far):
             self._buffers(each)
             each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(BlockingIOError):
+        try:
             far.connect(self.target)
+        except BlockingIOError:
+            pass
+        except OSError:  # no way to it, which is known at once
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            near.close()
+            far.close()
+            return
         self.accepted += 1
         up, down = Flow(near, far, self.lanes[UP]), Flow(far, near, self.lanes[DOWN])
         up.blocked = True  # until it is connected

@@ -96,6 +96,11 @@ def diagnose(host: str, ssh: str, code: int | None, said: str, *, up: bool) -> C
             retriable=False,
             code=code,
         )
+    if own := _own_words(said) if code is not None and 0 < code < _FAILED else None:
+        message, hint = own
+        error = ConnectionFailed(f"{host}: {message}", hint=hint, retriable=False, code=code)
+        error.exit_code = code or error.exit_code
+        return error
     if code is not None and 0 <= code != _FAILED:
         return ConnectionFailed(
             f"what ssh ran on {host} ended with code {code}{last}",
@@ -110,6 +115,12 @@ def diagnose(host: str, ssh: str, code: int | None, said: str, *, up: bool) -> C
         retriable=cause.retriable,
         code=code,
     )
+
+
+def _own_words(said: str) -> tuple[str, str] | None:
+    """What a blktrack there said last of why it ended, and what to do."""
+    found = re.findall(r"^blktrack: (.*)(?:\n *-> (.*))?", said, re.MULTILINE)
+    return found[-1] if found else None
 
 
 def _cause(lines: list[str], code: int | None) -> tuple[str, _Cause]:
