@@ -4,14 +4,17 @@ Nothing is compressed, all is reckoned: what is chosen for a link is the same on
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 from blktrack.ship.wire.pace import Level
 from blktrack.units import MIB
 
 BATCH = 4 * MIB
+_LITTLE = 1e-6  # of a byte: floats are not exact
 MBIT = 1e6 / 8
 READING = 0.4e-9  # processor seconds per byte: reading, looking for zeroes, checksums
 
@@ -51,8 +54,8 @@ LEVELS: list[int | None] = [None, *COSTS["text"]]
 
 @dataclass
 class _Thread:
-    kind: str = ""
     state: str = "idle"  # read, compress, queue, send
+    kind: str = ""  # of its batch
     level: int | None = None
     raw: int = 0
     stored: float = 0.0
@@ -66,92 +69,155 @@ class _Thread:
 class Link:
     """What is between the two hosts, and the processors of the near one."""
 
-    rate: Callable[[float], float]  # bytes per second at a time
+    rates: list[tuple[float, float]]  # (from when on, bytes per second)
     buffer: float = 2.0 * MIB  # bytes that are taken at once
-    cipher: float = 0.0  # processor seconds per byte sent, as ssh needs them
+    cipher: float = 2.5e-9  # processor seconds per byte sent, as ssh needs them
     processors: int = 2
     others: int = 0  # threads that always run
     now: float = 0.0
     filled: float = 0.0
 
+    @classmethod
+    def of(cls, mbit: float, **given: float) -> Link:
+        return cls([(0.0, mbit * MBIT)], **given)  # type: ignore[arg-type]
 
-@dataclass
-class Outcome:
-    seconds: float
-    chosen: list[int | None] = field(default_factory=list)
+    @property
+    def rate(self) -> float:
+        return next(rate for begin, rate in reversed(self.rates) if begin <= self.now)
+
+    @property
+    def until(self) -> float:
+        """Seconds until the rate is another."""
+        return next((begin - self.now for begin, _ in self.rates if begin > self.now), math.inf)
 
 
-def ship(level: Level, link: Link, batches: Iterable[tuple[str, int]], threads: int = 4) -> Outcome:
-    """Send (kind of data, bytes) in order; the seconds until the last byte has left the buffer."""
-    work = deque(batches)
-    crew = [_Thread() for _ in range(threads)]
-    queue: deque[_Thread] = deque()
-    chosen: list[int | None] = []
+class Chooser(Protocol):
+    def choose(self) -> int | None: ...
+    def note(
+        self,
+        level: int | None,
+        raw: int,
+        stored: int,
+        *,
+        compress_s: float,
+        cpu_s: float,
+        send_s: float,
+    ) -> None: ...
 
-    def begin(thread: _Thread) -> None:
-        if not work:
-            thread.state = "idle"
-            return
-        thread.kind, thread.raw = work.popleft()
-        thread.state, thread.left = "read", thread.raw * READING
 
-    def compress(thread: _Thread) -> None:
-        thread.level = level.choose()
-        chosen.append(thread.level)
-        part, speed = (1.0, 0.0) if thread.level is None else COSTS[thread.kind][thread.level]
-        thread.stored = thread.raw * (part if part < 15 / 16 else 1.0)
-        thread.state, thread.since = "compress", link.now
-        thread.left = thread.cpu_s = thread.raw / speed if speed else 0.0
+class Always:
+    """One level, also of those that Level does not take."""
 
-    for thread in crew:
-        begin(thread)
-    while True:
-        # What can go on at once does.
-        moved = True
-        while moved:
-            moved = False
-            for thread in crew:
-                if thread.state == "read" and thread.left <= 1e-12:
-                    compress(thread)
-                if thread.state == "compress" and thread.left <= 1e-12:
-                    thread.compress_s = 0.0 if thread.level is None else link.now - thread.since
-                    thread.state, thread.left = "queue", thread.stored
-                    queue.append(thread)
-                    moved = True
-            if queue and queue[0].state == "queue":
-                queue[0].state, queue[0].since = "send", link.now
-            if queue and (room := min(link.buffer - link.filled, queue[0].left)) > 1e-6:
-                queue[0].left -= room
-                link.filled += room
-                moved = True
-            if queue and queue[0].left <= 1e-6:
-                done = queue.popleft()
-                level.note(
-                    done.level,
-                    done.raw,
-                    round(done.stored),
-                    compress_s=done.compress_s,
-                    cpu_s=done.cpu_s,
-                    send_s=link.now - done.since,
-                )
-                begin(done)
-                moved = True
-        busy = [thread for thread in crew if thread.state in ("read", "compress")]
-        sending = link.filled > 1e-6
+    def __init__(self, level: int | None) -> None:
+        self._level = level
+
+    def choose(self) -> int | None:
+        return self._level
+
+    def note(self, *_: object, **__: object) -> None: ...
+
+
+class Shipment:
+    """(Kind of data, bytes) sent in order; `seconds` until the last byte has left the buffer."""
+
+    def __init__(self, level: Chooser, link: Link, batches: Iterable[tuple[str, int]]) -> None:
+        self.times: list[float] = []  # of the choices
+        self.chosen: list[int | None] = []
+        self._level = level
+        self._link = link
+        self._work = deque(batches)
+        self._crew = [_Thread() for _ in range(4)]
+        self._queue: deque[_Thread] = deque()  # the first one sends
+        begun = link.now
+        for thread in self._crew:
+            self._begin(thread)
+        while self._step():
+            pass
+        self.seconds = link.now - begun
+
+    def _begin(self, thread: _Thread) -> None:
+        thread.state = "idle"
+        if self._work:
+            thread.kind, thread.raw = self._work.popleft()
+            thread.state, thread.left = "read", thread.raw * READING
+
+    def _compress(self, thread: _Thread) -> None:
+        thread.level = self._level.choose()
+        self.chosen.append(thread.level)
+        self.times.append(self._link.now)
+        part, speed = 1.0, math.inf
+        if thread.level is not None:
+            part, speed = COSTS[thread.kind][thread.level]
+        thread.stored = thread.raw * part
+        thread.state, thread.since = "compress", self._link.now
+        thread.left = thread.cpu_s = thread.raw / speed
+
+    def _enqueue(self, thread: _Thread) -> None:
+        thread.compress_s = 0.0 if thread.level is None else self._link.now - thread.since
+        thread.state, thread.left = "queue", thread.stored
+        self._queue.append(thread)
+
+    def _send(self) -> bool:
+        """Fill the buffer; whether the first in the queue has got rid of all."""
+        first, link = self._queue[0], self._link
+        if first.state == "queue":
+            first.state, first.since = "send", link.now
+        room = min(link.buffer - link.filled, first.left)
+        first.left -= room
+        link.filled += room
+        if first.left > _LITTLE:
+            return False
+        self._queue.popleft()
+        self._level.note(
+            first.level,
+            first.raw,
+            round(first.stored),
+            compress_s=first.compress_s,
+            cpu_s=first.cpu_s,
+            send_s=link.now - first.since,
+        )
+        self._begin(first)
+        return True
+
+    def _step(self) -> bool:
+        """To the next event; False at the end."""
+        link = self._link
+        for thread in self._crew:
+            if thread.state == "read" and thread.left <= 1e-12:
+                self._compress(thread)
+            if thread.state == "compress" and thread.left <= 1e-12:
+                self._enqueue(thread)
+        while self._queue and self._send():
+            pass
+        busy = [thread for thread in self._crew if thread.state in ("read", "compress")]
+        sending = link.filled > _LITTLE
         if not busy and not sending:
-            return Outcome(link.now, chosen)
-        ssh = 1 if sending and link.cipher else 0
-        share = min(1.0, link.processors / max(1, len(busy) + ssh + link.others))
-        drain = link.rate(link.now)
-        if ssh:
-            drain = min(drain, share / link.cipher)
-        steps = [thread.left / share for thread in busy]
+            return False
+        running = len(busy) + link.others + bool(sending and link.cipher)
+        share = min(1.0, link.processors / max(1, running))
+        rate = min(link.rate, share / link.cipher) if link.cipher else link.rate
+        steps = [thread.left / share for thread in busy] + [link.until]
         if sending:
-            steps.append(min(link.filled, queue[0].left if queue else link.filled) / drain)
+            most = self._queue[0].left if self._queue else link.filled
+            steps.append(min(link.filled, most) / rate)
         step = max(min(steps), 1e-9)
-        step = min(step, 0.05)  # the rate may change
         for thread in busy:
             thread.left -= step * share
         if sending:
-            link.filled = max(0.0, link.filled - step * drain)
+            link.filled = max(0.0, link.filled - step * rate)
         link.now += step
+        return True
+
+
+def best_fixed(
+    link: Callable[[], Link], batches: list[tuple[str, int]]
+) -> tuple[float, int | None]:
+    """The seconds that the best of all levels takes, and which it is."""
+    return min(
+        ((Shipment(Always(level), link(), batches).seconds, level) for level in LEVELS),
+        key=lambda found: found[0],
+    )
+
+
+def adaptive(link: Link) -> Level:
+    return Level(processors=link.processors, clock=lambda: link.now)

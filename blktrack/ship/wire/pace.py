@@ -187,6 +187,7 @@ class _Link:
 
     def note(self, raw: int, sent: int, seen: float, *, full: bool) -> None:
         """`seen` is the rate at which bytes went while they were sent."""
+        seen = max(seen, 1.0)
         if full:
             self._known = True
             self._searched = 0.0
@@ -212,8 +213,8 @@ class _Course:
         self._passed = self._compressing = self._cpu = self._sent = self._sending = 0.0
 
     def begin(self) -> None:
-        if self._inside == 0:
-            self._last = self._clock()
+        if self._inside in (0, _THREADS):  # so many: those before have ended without a word
+            self._inside, self._last = 0, self._clock()
         self._inside += 1
 
     def end(self, compress_s: float, cpu_s: float, sent: int, send_s: float) -> None:
