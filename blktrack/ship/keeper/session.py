@@ -231,7 +231,10 @@ class Session:
         """The replica, told how large its source is by now."""
         if self._replica is None:
             raise wrong("it has opened no replica")
-        self._replica.source_has(fields.number("size", 1))
+        size = fields.number("size", 1)
+        if self._jail is not None:
+            self._jail.check_size(self._replica.target.path, size)
+        self._replica.source_has(size)
         return self._replica
 
     # What is told of a request that takes long. The source may be gone: then nobody is told.
