@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,15 @@ import pytest
 
 from blktrack.durable import write_bytes
 from blktrack.errors import BlktrackError, Refused
+from blktrack.ship.address import Address
 from blktrack.ship.endpoint import EndError, FileEnd
 from blktrack.ship.jail import Jail
-from blktrack.units import KIB, MIB
+from blktrack.ship.remote.connect import Link
+from blktrack.ship.remote.wire import Wire
+from blktrack.ship.wire import digests
+from blktrack.ship.wire.message import Kind
+from blktrack.units import MIB
+from tests.farside import pipe
 from tests.jails import FILL, SIZE, Grounds, full, increment
 from tests.loopdev import Disks
 
@@ -244,7 +251,7 @@ def test_an_increment_that_would_take_too_much(grounds: Grounds) -> None:
     zero = increment(zero=((at % SIZE, 512) for at in range(0, 50 * MIB, 512)))
     for delta in (data, zero):
         done = grounds.asked("blktrack recv x.img", delta, "--max-staging", "1M")
-        assert done.code == 1 and "x.img is larger than the 1 MiB that may be staged" in done.err
+        assert done.code == 1 and "larger than the 1 MiB that it may be" in done.err
         assert (grounds.folder / "x.img").read_bytes() == before
         assert os.listdir(grounds.folder / "x.img.blktrack") == ["replica.json"]
     assert grounds.asked("blktrack recv x.img", data, "--max-staging", "1100K").code == 0
@@ -267,10 +274,58 @@ def test_a_link_that_comes_between_is_not_followed(grounds: Grounds) -> None:
     assert all(found[path] == was for path, was in before.items() if "outside/" in path)
 
 
-def test_the_limit_of_what_is_staged_is_of_bytes(grounds: Grounds) -> None:
-    jail = Jail(grounds.folder, most_staging=64 * KIB, most_size=SIZE)
-    jail.check_staging("x", 64 * KIB)
-    jail.check_size("x", SIZE)
-    Jail(grounds.folder).check_staging("x", 1 << 60)
-    with pytest.raises(Refused):
-        jail.check_staging("x", 64 * KIB + 1)
+class Asked:
+    """A keeper in the jail, asked over the wire whatever a client may think of."""
+
+    def __init__(self, grounds: Grounds, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+        scratch = grounds.top.parent
+        words = ("--restrict", str(grounds.folder), *options)
+        monkeypatch.setenv("BLKTRACK_SSH", pipe(scratch, *words))
+        self.address = Address.parse(f"ssh://far{grounds.folder}/x.img")
+
+    def link(self) -> Link:
+        return Link(self.address, Wire(), threading.Event())
+
+    def open(self, link: Link, target: str, size: int = SIZE, **other: object) -> None:
+        source = {"device": "/dev/vdb", "name": "", "size": size, "host": "h"}
+        wanted = {"target": target, "source": source, "force": False, "writable": True}
+        near = {"key": "00" * digests.KEY_SIZE, "boot": "", "major": 0, "minor": 0}
+        link.client.request(Kind.OPEN, wanted | near | other)
+
+
+BY_WIRE = ["up", "a file elsewhere", "a link to a file", "a link that dangles", "state in a link"]
+
+
+@pytest.mark.parametrize("attempt", BY_WIRE)
+@pytest.mark.parametrize("writable", [True, False], ids=["written", "read"])
+def test_nobody_gets_out_by_the_wire(
+    grounds: Grounds, monkeypatch: pytest.MonkeyPatch, attempt: str, writable: bool
+) -> None:
+    """A replica that is only compared tells what is in it, bit by bit: it has to lie inside too."""
+    prepare, asked, why = ATTEMPTS[attempt]
+    prepare(grounds)
+    name = asked.replace("DIR", str(grounds.folder)).replace("OUT", str(grounds.outside))
+    keeper = Asked(grounds, monkeypatch, "--allow-force")
+    before = grounds.seen()
+    with keeper.link() as link, pytest.raises(Refused, match=why) as caught:
+        keeper.open(link, name, force=True, writable=writable)
+    assert caught.value.hint
+    assert grounds.seen() == before
+
+
+def test_the_wire_keeps_to_the_limits(grounds: Grounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the source is said to have grown since."""
+    keeper = Asked(grounds, monkeypatch, "--max-size", "1M")
+    before = grounds.seen()
+    with keeper.link() as link, pytest.raises(Refused, match="may be no larger"):
+        keeper.open(link, "x.img", SIZE + 1)
+    with keeper.link() as link, pytest.raises(Refused, match="--force is not granted"):
+        keeper.open(link, "x.img", force=True)
+    assert grounds.seen() == before
+    with keeper.link() as link:
+        keeper.open(link, "x.img")
+        with pytest.raises(Refused, match="may be no larger"):
+            link.client.request(
+                Kind.BEGIN, {"size": 1 << 40, "state": "unfinished", "generation": "g"}
+            )
+    assert grounds.seen().keys() == before.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from blktrack.cli import main
-from tests.blockdev import TOP, Done, Lab
+from tests.blockdev import TOP, Done, Lab, read_image, write_direct
 from tests.jails import FILL, SIZE, Grounds, full, increment
 from tests.loopdev import Disks
 from tests.streams import Hosts
+from tests.test_events import filled
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
 NEEDED = ("numpy", "numpy.libs", "xxhash", "zstandard")
@@ -44,6 +46,9 @@ class Receiver:
         top.chmod(0o755)
         os.chown(self.folder, 65534, 65534)
 
+    def command(self, user: tuple[str, ...] = NOBODY) -> list[str]:
+        return [*user, str(self._python)]
+
     def run(
         self,
         *words: str | Path,
@@ -52,7 +57,7 @@ class Receiver:
         user: tuple[str, ...] = NOBODY,
     ) -> Done:
         done = subprocess.run(
-            [*user, self._python, *words],
+            [*self.command(user), *words],
             input=stdin,
             capture_output=True,
             check=False,
@@ -146,6 +151,32 @@ def test_a_device_that_the_plain_user_may_write(
         done = receiver.blktrack(*restricted, stdin=delta, BLKTRACK_ROOT=str(state))
         assert (done.code, done.err) == (0, "")
     assert device.read_bytes() == 2 * FILL + bytes(SIZE - 8192)
+
+
+@pytest.mark.needs("root", "loop", "bpf")
+def test_a_sync_to_a_plain_user(
+    shared: Lab, receiver: Receiver, grounds: Grounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper, with pipes in the place of ssh."""
+    os.chown(grounds.folder, 65534, 65534)
+    script = shared.name("ssh")
+    keeper = shlex.join([*receiver.command(), "-m", "blktrack", "recv", "--restrict"])
+    script.write_text(f"#!/bin/sh\ncd / && exec {keeper} {grounds.folder}\n", encoding="ascii")
+    script.chmod(0o755)
+    monkeypatch.setenv("BLKTRACK_SSH", str(script))
+    device = filled(shared, SIZE)
+    shared.track(device)
+    for mode in ("initial", "incremental"):
+        target = f"ssh://far{grounds.folder}/x.img"
+        done = shared.blktrack("sync", device, target, "--json")
+        assert done.code == 0, done.err
+        assert done.json["mode"] == mode
+        assert (grounds.folder / "x.img").read_bytes() == bytes(read_image(device))
+        write_direct(device, 4096, FILL)
+    done = shared.blktrack("sync", device, f"ssh://far{grounds.outside}/file", "--force")
+    assert (done.code, done.out) == (1, "")
+    assert f"far: {grounds.outside}/file is neither in {grounds.folder} nor a dev" in done.err
+    assert "--device of blktrack recv, on this host" in done.err
 
 
 @pytest.mark.needs("root")

@@ -25,7 +25,7 @@ class Jail:
     folder: Path  # resolved
     devices: tuple[str, ...]  # names, which may mean nothing at present
     force: bool  # whether a client may overwrite what is not its replica
-    most_staging: int | None  # of a staged increment
+    most_staging: int | None  # of a staged increment, for whoever stages it
     most_size: int | None  # of a replica file
 
     def __init__(
@@ -90,15 +90,6 @@ class Jail:
                 f"{path} may be no larger than {format_size(self.most_size)}, and its source is"
                 f" {format_size(size)} ({size} bytes)",
                 hint="--max-size of blktrack recv, on this host, is that limit",
-            )
-
-    def check_staging(self, path: str, staged: int) -> None:
-        """Refused if so many bytes may not wait beside a replica."""
-        if self.most_staging is not None and staged > self.most_staging:
-            raise Refused(
-                f"an increment for {path} is larger than the {format_size(self.most_staging)} that"
-                " may be staged",
-                hint="--max-staging of blktrack recv, on this host, is that limit",
             )
 
     def _is_listed(self, path: str) -> bool:

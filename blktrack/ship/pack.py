@@ -79,12 +79,6 @@ class Packer(Endpoint):
     def fileno(self) -> int:
         return self._file.fileno()
 
-    @property
-    def taken(self) -> int:
-        """Bytes that the stage takes so far, those of its index among them."""
-        with self._lock:
-            return self._used + self._fill + len(self._rows) * self._rows.itemsize
-
     def index(self) -> Index:
         """Rows as they were written."""
         with self._lock:

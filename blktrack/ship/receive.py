@@ -56,9 +56,7 @@ def receive(
         _check_start(replica, header)
         frames = _Frames(reader, observer.done)
         if replica.has_point:
-            with replica.stage() as stage:
-                if jail is not None:
-                    frames.check = lambda: jail.check_staging(target, stage.end.taken)
+            with replica.stage(most=jail.most_staging if jail else None) as stage:
                 extents = frames.into(stage.end, blocks=replica.end)
                 if not force:
                     _check_forward(replica, reader.trailer.point)
@@ -131,8 +129,6 @@ def _check_forward(replica: Replica, point: Point) -> None:
 class _Frames:
     """The frames of a delta on their way to an end."""
 
-    check: Callable[[], None] | None = None  # called after each
-
     def __init__(self, reader: DeltaReader, progress: Callable[[int], None]) -> None:
         self._reader = reader
         self._progress = progress
@@ -158,8 +154,6 @@ class _Frames:
             else:
                 end.zero(frame.start, frame.length)
             self._note(frame.start, frame.length)
-            if self.check is not None:
-                self.check()
             self._progress(self._reader.offset)
         self._reader.expect_end()
         self._check_whole()
