@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import shutil
 import threading
@@ -119,6 +120,8 @@ ATTEMPTS = {
     "a stage that is a link": (with_state("incoming.pack"), "x.img", "has a link in it"),
     "the state of another": (nothing, "y.img.blktrack/replica.json", "within the state"),
     "a name of a state": (nothing, "y.img.blktrack", "within the state"),
+    "a key": (nothing, ".ssh/authorized_keys", "is hidden"),
+    "a profile": (nothing, "sub/.profile", "is hidden"),
     "a folder that all may write": (sub_for_all, "sub/x.img", "everybody on this host"),
     "below a file": (a_file, "file/x.img", "Not a directory"),
     "too long": (nothing, "x" * 300, "File name too long"),
@@ -216,6 +219,16 @@ def test_the_folder_has_to_be_ours(grounds: Grounds) -> None:
         assert done.code == 1 and "everybody on this host may write in" in done.err
     grounds.folder.chmod(0o755)
     assert grounds.seen() == before
+
+
+@pytest.mark.needs("root")
+def test_the_folder_is_no_home(grounds: Grounds) -> None:
+    """Where a replica could be ~/.ssh/authorized_keys."""
+    home = Path(pwd.getpwuid(0).pw_dir)
+    (grounds.folder / "way").symlink_to(home)
+    for folder in (home, home.parent, grounds.folder / "way"):
+        with pytest.raises(Refused, match="the home of the user that receives"):
+            Jail(folder)
 
 
 def test_force_has_to_be_granted(grounds: Grounds) -> None:

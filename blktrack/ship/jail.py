@@ -10,6 +10,7 @@ may write there. What is opened to be written is opened without following a last
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ class Jail:
         most_staging: int | None = None,
         most_size: int | None = None,
     ) -> None:
-        """Refused if the folder is not there, or everybody could make links in it."""
+        """Refused if the folder is not there, everybody could make links in it, or what is written
+        there would open a way to log in."""
         self.folder = Path(os.path.realpath(folder))
         self.devices = tuple(devices)
         self.force = force
@@ -49,6 +51,12 @@ class Jail:
                 hint=f"mkdir {folder}, and give it to the user that receives",
             )
         self._check_writers(self.folder)
+        if _home().is_relative_to(self.folder):
+            raise Refused(
+                f"replicas are restricted to {folder}, where the home of the user that receives is:"
+                " a replica in it could be that user's key or profile",
+                hint="give replicas a folder of their own, such as /srv/replicas",
+            )
 
     def admit(self, name: str) -> str:
         """The path of a target, with its links resolved. Refused; nothing is touched.
@@ -98,9 +106,11 @@ class Jail:
         return number is not None and number in {_device(name) for name in self.devices}
 
     def _check_folders(self, name: str, path: Path) -> None:
-        """All between the folder and the target: others could not put links there, and no state of
-        another replica is in there."""
+        """All between the folder and the target: others could not put links there, and nothing in
+        there is of blktrack itself, or read by other programs because of its name."""
         parts = path.relative_to(self.folder).parts
+        if any(part.startswith(".") for part in parts):
+            raise Refused(f"{name} is hidden", hint="choose a name that does not begin with a dot")
         if any(part.endswith(STATE) for part in parts):
             raise Refused(
                 f"{name} is within the state of a replica", hint=f"choose a name without {STATE}"
@@ -167,6 +177,14 @@ class Jail:
                 f"the state of {name} has a link in it: {state / links[0]}",
                 hint="remove that link; blktrack makes none",
             )
+
+
+def _home() -> Path:
+    """Of whoever this process is; of who has none, a place that is in no folder."""
+    try:
+        return Path(os.path.realpath(pwd.getpwuid(os.geteuid()).pw_dir))
+    except KeyError:
+        return Path()
 
 
 def _device(name: str) -> int | None:
