@@ -54,6 +54,7 @@ def command_lines(page: str) -> Iterator[list[str]]:
         if "blktrack" not in line:
             continue
         line = re.sub(r"^(# |ExecStart=|\*/5 \* \* \* \*\s+root\s+)", "", line)
+        line = re.sub(r'^restrict,command="([^"]*)".*', r"\1", line)  # of authorized_keys
         line = re.sub(r"^([A-Z_]+=\S+\s+)+", "", line)
         for part in re.split(r"\s*[|;]\s*|, (?=blktrack )|ssh \w+ ", line):
             if re.match(r"(\S*/)?blktrack [a-z-]", part):
