@@ -65,6 +65,9 @@ class Kept:
     def resume(self, most: int | None = None) -> Stage | None:
         return resume(self.folder, self.size, most)
 
+    def drop(self) -> None:
+        self.stage.drop()
+
 
 def resume(folder: Path, size: int, most: int | None = None) -> Stage | None:
     return Stage.resume(folder, link=LINK, base=BASE, size=size, most=most)

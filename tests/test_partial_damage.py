@@ -18,7 +18,7 @@ from blktrack.linux import PAGE
 from blktrack.ship import partial
 from blktrack.ship.stage import Stage
 from blktrack.units import MIB
-from tests.kept import SMALL, Kept, resume, seal, state_of
+from tests.kept import BASE, LINK, SMALL, Kept, resume, seal, state_of
 from tests.loopdev import MEMORY
 
 State = tuple[list[list[int]], bytes]
@@ -243,6 +243,9 @@ def test_other_than_files(saved: Saved, name: str, how: str) -> None:
     replaced(name, how)(saved.folder)
     assert saved.held() is None
     assert (saved.folder / "elsewhere").stat().st_size, "nothing was cut"
+    if how != "folder":
+        Stage.create(saved.folder, saved.size, link=LINK, base=BASE, keep=True).close()
+        assert saved.held() == 0, "a new one is made in its place"
 
 
 @pytest.mark.parametrize("pack", ["lost", "garbage", "zero", "all"])
