@@ -61,8 +61,8 @@ class Packer(Endpoint):
         most: int | None = None,
     ) -> None:
         """file -- this one's from here on. size -- of the source. rows -- of what is in the file
-        already, all of whose bytes they speak for; without them it is empty. most -- bytes that the
-        file and its rows may take; TooMuchStaged for what is written beyond."""
+        already, which goes on behind its end; without them it is empty. most -- bytes that the file
+        and its rows may take: TooMuchStaged, of a write that would take more."""
         super().__init__(file.path, size, align=1)
         self._file = file
         self._rows = array("q")  # of what is in the file
@@ -70,7 +70,7 @@ class Packer(Endpoint):
         if rows is not None:
             self._rows.frombytes(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
         self._lock = threading.Lock()
-        self._used = self._grown = file.size
+        self._used = self._grown = 0 if rows is None else file.size
         self._most = most
         self._waiting: Buffer | None = None
         self._fill = 0  # bytes of what waits
