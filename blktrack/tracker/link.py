@@ -131,8 +131,7 @@ class LinkSets:
 
     def give_back(self) -> None:
         """The stage is gone: what it held has to be shipped."""
-        if held := self._open_held():
-            found = held.nonzero()
+        if (held := self._open_held()) and len(found := held.nonzero()):
             self.shipping.reserve(found)
             bitmap.or_into(self.shipping.words, held.words, found)
             crash.point("held-returned")
