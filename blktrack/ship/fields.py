@@ -107,7 +107,8 @@ class Fields:
 
 def sayable(text: str) -> str:
     """What another host takes for a text: in one line, and not too long."""
-    return _UNPRINTABLE.sub("?", " ".join(text.split()))[:_MOST_SAID]
+    line, half = _UNPRINTABLE.sub("?", " ".join(text.split())), _MOST_SAID // 2
+    return line if len(line) <= _MOST_SAID else f"{line[:half]} ... {line[-half:]}"
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
