@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from functools import partial
 
 from blktrack.ship.address import Address
 from blktrack.ship.limit import Throttle
@@ -46,8 +47,16 @@ class Link:
             self._connection = connection
             stack.callback(self._count, channel)
             try:
-                hello.greet(channel.fill, channel.write, peer=address.name, patience=wire.patience)
+                hello.greet(
+                    partial(channel.fill, stop=stop),
+                    channel.write,
+                    peer=address.name,
+                    patience=wire.patience,
+                )
             except ConnectionLost as error:
+                if stop.is_set():
+                    connection.kill()
+                    raise
                 raise connection.failure(up=False) from error
             except NoKeeper as error:
                 failure = connection.failure(up=False)

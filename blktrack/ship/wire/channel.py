@@ -79,6 +79,7 @@ class Channel:
         """
         with self._lock:
             begun = time.monotonic()
+            self._check()
             for part in parts:
                 if len(part) >= _GATHER:
                     self._pass_on()
@@ -101,11 +102,11 @@ class Channel:
         except Malformed as error:
             raise ProtocolError(self.peer, str(error)) from error
 
-    def fill(self, view: memoryview) -> None:
-        """Fill a view with what comes, whatever that is."""
+    def fill(self, view: memoryview, *, stop: threading.Event | None = None) -> None:
+        """Fill a view with what comes, whatever that is. ConnectionLost, also if `stop` was set."""
         done = 0
         while done < len(view):
-            self._await(time.monotonic() + self.patience)
+            self._await(time.monotonic() + self.patience, stop)
             try:
                 count = self._source.readinto(view[done:])
             except OSError as error:
@@ -117,8 +118,10 @@ class Channel:
             done += count or 0
             self.received += count or 0
 
-    def _await(self, until: float) -> None:
+    def _await(self, until: float, stop: threading.Event | None) -> None:
         while not self._poll.poll(_LOOK):
+            if stop is not None and stop.is_set():
+                raise self._lost("it was given up")
             if self._closed.is_set():
                 raise self._error or self._lost("it was closed")
             if time.monotonic() > until:
@@ -176,8 +179,7 @@ class Channel:
             self._pace.wait(len(view), self._stop)
         done = 0
         while done < len(view):
-            if (failed := self._error if self._closed.is_set() else self._broken) is not None:
-                raise failed
+            self._check()
             try:
                 count = self._sink.write(view[done:])
             except OSError as error:
@@ -188,6 +190,10 @@ class Channel:
                 done += count
                 self.sent += count
         return done
+
+    def _check(self) -> None:
+        if (failed := self._error if self._closed.is_set() else self._broken) is not None:
+            raise failed
 
     def _writable(self) -> None:
         poll = select.poll()
