@@ -248,7 +248,7 @@ def test_a_route_that_takes_long_is_not_told(monkeypatch: pytest.MonkeyPatch) ->
     assert route_to(Address.parse("ssh://host/a")) == ""
     assert time.monotonic() - before < LONG / 2
     ended.set()
-    monkeypatch.setenv("BLKTRACK_SSH", "sh -c 'sleep 60'")
+    monkeypatch.setenv("BLKTRACK_SSH", "sh -c 'exec sleep 60'")
     assert route_to(Address.parse("ssh://host/a")) == ""
     assert time.monotonic() - before < LONG
     monkeypatch.setenv("BLKTRACK_SSH", "'")
