@@ -287,7 +287,9 @@ def test_points_over_a_link_that_breaks_are_in_order(
     def cutter() -> None:
         nonlocal cuts
         while not stop.is_set():
-            at.link.trap("up", dice.randrange(8 * KIB, 400 * KIB), dice.choice(("cut", "cut", "freeze")))
+            at.link.trap(
+                "up", dice.randrange(8 * KIB, 400 * KIB), dice.choice(("cut", "cut", "freeze"))
+            )
             before = at.link.counts().sprung
             while at.link.counts().sprung == before and not stop.wait(0.01):
                 pass
