@@ -40,6 +40,9 @@ _LONGEST_ERROR = 2000  # characters
 _FIGURES = sorted({f.name for f in dataclasses.fields(SyncReport)})
 _ADDED = ("rounds", "bytes_changed", "bytes_shipped", "bytes_zeroed", "bytes_wire", "freeze_s")
 
+# Parts of a line; in a text its quotation marks would be escaped.
+_NO_FAILURE = (b'"exit": 0,', f'"exit": {Busy.exit_code},'.encode())
+
 T = TypeVar("T")
 Key = tuple[str, str]  # of a link
 
@@ -69,17 +72,47 @@ def newest_first(store: Store, device: str) -> Iterator[Run]:
             yield run
 
 
-def latest(store: Store, device: str, wanted: set[Key]) -> dict[Key, Run]:
+def latest(store: Store, device: str, wanted: set[Key], *, failed: bool = False) -> dict[Key, Run]:
     """The last run of each of these links, if there was one. It reads no further back than these.
-    BlktrackError as `read`."""
+    BlktrackError as `read`.
+
+    failed -- the last that failed, and did not give way to another.
+    """
     found: dict[Key, Run] = {}
+    # As a run writes it. Of thousands of lines few have to be parsed for it.
+    names = {its: json.dumps(its[0] or its[1]).encode() for its in wanted}
     for line in reversed(_lines(_content(_path(store, device)))):
-        if len(found) == len(wanted):
+        if not names:
             break
+        if not any(name in line for name in names.values()):
+            continue
+        if failed and any(well in line for well in _NO_FAILURE):
+            continue
         run = _parse(line)
-        if run and (its := key(run.link, run.target)) in wanted:
-            found.setdefault(its, run)
+        if run and (its := key(run.link, run.target)) in names and not (failed and _is_well(run)):
+            found[its] = run
+            del names[its]
     return found
+
+
+def _is_well(run: Run) -> bool:
+    return run.exit in (0, Busy.exit_code)
+
+
+@dataclass
+class Recorder:
+    """To be told of one run, as long as it is under way."""
+
+    run: Run
+
+    def __call__(self, report: SyncReport | SendReport) -> None:
+        """It went well."""
+        for name in _FIGURES:
+            setattr(self.run, name, getattr(report, name))
+
+    def wire(self, count: int) -> None:
+        """So many bytes have crossed the network until now, whatever becomes of it."""
+        self.run.bytes_wire = count
 
 
 @contextlib.contextmanager
@@ -92,9 +125,8 @@ def recorded(
     target: str = "",
     keep: float = KEEP,
     warn: Callable[[str], None],
-) -> Iterator[Callable[[SyncReport | SendReport], None]]:
-    """Put on record what is done inside, however it ends. Gives a function to be called with the
-    report of what went well.
+) -> Iterator[Recorder]:
+    """Put on record what is done inside, however it ends. Gives what to be told of that.
 
     link, target -- one of them, by which the command knows its link.
     keep -- seconds for which runs of this device are kept.
@@ -102,13 +134,8 @@ def recorded(
     """
     run = Run(command, link, target, begun=time.time(), duration_s=0.0, exit=0, error="")
     begun = time.monotonic()
-
-    def done(report: SyncReport | SendReport) -> None:
-        for name in _FIGURES:
-            setattr(run, name, getattr(report, name))
-
     try:
-        yield done
+        yield Recorder(run)
     except BaseException as error:
         run.exit, run.error = _outcome(error)
         run.duration_s = time.monotonic() - begun
@@ -196,8 +223,8 @@ def _sum(before: Totals, run: Run) -> Totals:
         total.succeeded = run.begun + run.duration_s
         total.last_freeze_s = run.freeze_s
         total.resyncs += run.mode == "resync"
-        for name in _ADDED:
-            setattr(total, name, getattr(total, name) + getattr(run, name))
+    for name in _ADDED:
+        setattr(total, name, getattr(total, name) + getattr(run, name))
     return total
 
 

@@ -79,6 +79,9 @@ class Replication(Round):
     def apply(self, stage: Stage | FarStage, observer: Observer) -> None:
         """Bring the replica to the point of a sealed stage."""
 
+    def depart(self) -> None:
+        """The replica is going to be taken from its point. One of this host says so itself."""
+
     def has_part(self) -> bool:
         unfinished = self.replica.existing_state is State.UNFINISHED
         return unfinished and not self.replica.changed
@@ -109,6 +112,7 @@ class Replication(Round):
                 observer.phase("apply", extent.total(whole))
                 self.apply(stage, observer)
         else:
+            self.depart()
             replica.begin(State.APPLYING if increment else State.UNFINISHED, plan.swap.generation)
             crash.point("ship-begun")
             try:
@@ -197,6 +201,9 @@ class RemoteReplication(Replication):
         with self.replica.stage(self.link.stage) as stage:
             self.course.stage_in(stage.id, sets)
             yield stage, sets.staged
+
+    def depart(self) -> None:
+        self.course.depart()
 
     def apply(self, stage: Stage | FarStage, observer: Observer) -> None:
         assert isinstance(stage, FarStage)

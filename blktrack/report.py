@@ -25,6 +25,20 @@ class Past(Report):
 
 
 @dataclass
+class LastRun(Report):
+    """The last run of a link, however it ended."""
+
+    begun: float
+    duration_s: float
+    exit: int
+    error: str
+    mode: str  # "" if it failed
+    bytes_shipped: int
+    bytes_wire: int  # that crossed the network, also if it failed
+    rate: float | None  # bytes a second: of the network, if there is one, or shipped; None: nothing
+
+
+@dataclass
 class LinkStatus(Report):
     target: str  # "": streams
     name: str
@@ -38,6 +52,10 @@ class LinkStatus(Report):
     rpo_s: float | None = None  # from which lag on it is late; None: nothing is promised
     lateness: str = ""  # ok, late, broken
     resyncs: list[Past] = field(default_factory=list)  # reason and time, newest first
+    route: str = ""  # to another host, when it was last reached
+    held_bytes: int | None = None  # of those pending: durable there, in what is no point yet
+    last_run: LastRun | None = None
+    last_error: Past | None = None  # of the last run that failed, however long that is ago
 
 
 @dataclass
@@ -146,7 +164,7 @@ class Totals(Report):
 
 @dataclass
 class Run(Report):
-    """What one `sync` or `send` did. Of one that failed no figures are known."""
+    """What one `sync` or `send` did. Of one that failed no figures are known but `bytes_wire`."""
 
     command: str
     link: str  # name; "" if it failed before there was one

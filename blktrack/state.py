@@ -27,6 +27,8 @@ replaced in one step, so a process may die between any two stores. What is then 
   last: more is shipped than had to be, and filled again.
 - ship, a full copy or a resync: the replica's record says between two points, data, flush, bits of
   `shipping` are cleared. Died before the last: shipped again.
+- ship, either of them or in place, elsewhere: LINK.json says so before. Died in between: the
+  replica is told to be at no point, which it may still be.
 - ship, an increment: staged, sealed, applied; no bit is cleared before the commit. Died before the
   seal: the replica is as it was. After: its next user finishes it.
 - ship, an increment in place: the replica's record says half-way from its point, data, flush; no
@@ -148,6 +150,7 @@ class LinkState:
     settles: bool = False  # the commit of the last of them leaves nothing in `shipping`
     stage: str = ""  # the id of the stage elsewhere that `held` is about
     sealing: Point | None = None  # which the replica was asked to commit, and may have
+    away: bool = False  # a replica elsewhere is on its way from one point to another
 
     def __str__(self) -> str:
         return self.target or f"link {self.name}"
@@ -157,7 +160,7 @@ class LinkState:
         self.cursor = point
         self.phase = self.filled = self.reason = ""
         self.sent, self.settles = [], False
-        self.stage, self.sealing = "", None
+        self.stage, self.sealing, self.away = "", None, False
 
 
 @dataclass

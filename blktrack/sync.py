@@ -56,6 +56,8 @@ def sync(
             plan, shipped = run.bring()
         except ApplyStopped as error:
             raise options.interrupted(str(error), error.hint) from error
+        finally:
+            record.wire(run.wire.sent + run.wire.received)
         report = _report(plan, shipped, run.wire, time.monotonic() - begun)
         record(report)
     return report, shipped

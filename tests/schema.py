@@ -56,6 +56,16 @@ POINT = {"epoch": int, "point": number, "consistency": CONSISTENCY}
 NO_POINT = {"epoch": None, "point": None, "consistency": None}
 EXTENTS = [[int]]  # of two
 
+LAST_RUN = {
+    "begun": number,
+    "duration_s": number,
+    "exit": int,
+    "error": str,
+    "mode": str,
+    "bytes_shipped": int,
+    "bytes_wire": int,
+    "rate": (number, None),
+}
 LINK_READY = {
     "target": str,
     "name": str,
@@ -67,7 +77,12 @@ LINK_READY = {
     "rpo_s": None,  # without a policy
     "lateness": "",
     "resyncs": [],
+    "route": "",  # of this host
+    "held_bytes": None,
+    "last_run": (LAST_RUN, None),  # none, if they were killed
+    "last_error": None,
 }
+LINK_ELSEWHERE = LINK_READY | {"route": str, "held_bytes": int, "last_error": (PAST, None)}
 LINK_INITIAL = LINK_READY | NO_POINT | {"state": "initial", "lag_s": None}
 LINK_RESYNC = LINK_READY | {"state": "resync", "reason": str, "pending_bytes": (int, None)}
 LINK_UNFINISHED = LINK_INITIAL | {"state": "unfinished", "reason": str, "epoch": int}

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from collections.abc import Iterator
 
 from blktrack.cli.common import add_json, emit, instant, paths, store
 from blktrack.cli.progress import Watcher
-from blktrack.errors import NotTracked
+from blktrack.errors import NotTracked, UsageError
 from blktrack.policy import PolicyError, load
 from blktrack.policy.measure import measure
 from blktrack.report import DeviceStatus, LinkStatus, ReplicaStatus, StatusReport
+from blktrack.ship.address import Address, is_remote
 from blktrack.ship.tell import replica_status
 from blktrack.tracker.status import status
 from blktrack.units import format_duration, format_promise, format_size
@@ -50,6 +53,13 @@ def run(args: argparse.Namespace) -> int:
 def _look(name: str | None) -> StatusReport:
     """A device may be both a source and a replica."""
     replica = None
+    if name and is_remote(name):
+        address = Address.parse(name)
+        raise UsageError(
+            f"{name} is on another host: its state is shown there",
+            hint=f"run blktrack status {shlex.quote(address.path)} on {address.name}; what is known"
+            " of it here is shown with its device",
+        )
     if name:
         with Watcher(quiet=False) as watcher:
             replica = replica_status(os.path.abspath(name), paths(), watcher)
@@ -115,8 +125,23 @@ def _link(link: LinkStatus) -> str:
         text += f", {link.lateness.upper()}: promised {format_promise(link.rpo_s)}"
     if link.pending_bytes is not None:
         text += f", {format_size(link.pending_bytes)} pending"
-    if link.reason:
-        text += f"\n     {link.reason}"
-    for past in link.resyncs[:1]:
-        text += f"\n     last resync {instant(past.time)}: {past.reason}"
-    return text
+    if link.held_bytes:
+        text += f", {format_size(link.held_bytes)} of it there already"
+    below = [link.reason] if link.reason else []
+    below += [f"last resync {instant(past.time)}: {past.reason}" for past in link.resyncs[:1]]
+    if is_remote(link.target):
+        below += _over_the_network(link)
+    return "\n     ".join([text, *below])
+
+
+def _over_the_network(link: LinkStatus) -> Iterator[str]:
+    """What its last runs met there: nothing is asked for now."""
+    if link.route:
+        yield f"route {link.route}"
+    if run := link.last_run:
+        text = f"last run {instant(run.begun)}: {run.mode or 'failed'}"
+        if run.rate is not None:
+            text += f", {format_size(run.bytes_wire)} over the network at {format_size(run.rate)}/s"
+        yield f"{text}, {format_duration(run.duration_s)}"
+    if past := link.last_error:
+        yield f"last error {instant(past.time)}: {past.reason}"

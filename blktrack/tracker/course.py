@@ -75,6 +75,13 @@ class Course:
         self._save()
         crash.point("stage-recorded")
 
+    def depart(self) -> None:
+        """The receiver, which nobody can look at later, is going to be taken from its point."""
+        if not self.link.away:
+            self.link.away = True
+            self._save()
+            crash.point("away-recorded")
+
     def announce(self, point: Point) -> None:
         """The receiver is going to be asked to commit this point."""
         self.link.sealing = point

@@ -144,16 +144,17 @@ class LinkSets:
                 self._held = BitFile(self._folder / "held", len(self.pending.words))
         return self._held
 
-    def union(self, live: Words) -> Words:
-        """What the next sync would ship, `live` being the maps' content, read before this call.
+    def union(self, live: Words, *, held: bool = True) -> Words:
+        """What the next sync would ship, `live` being the maps' content, read before this call;
+        without `held` only what no stage holds for it.
 
         Bits move from map to `pending` to `shipping` to `held`; reading in that order misses none.
         """
         found: Words = np.array(live)
         bitmap.or_into(found, self.pending.words, self.pending.nonzero())
         bitmap.or_into(found, self.shipping.words, self.shipping.nonzero())
-        if held := self._open_held():
-            bitmap.or_into(found, held.words, held.nonzero())
+        if held and (kept := self._open_held()):
+            bitmap.or_into(found, kept.words, kept.nonzero())
         return found
 
     def close(self) -> None:

@@ -7,11 +7,12 @@ import time
 
 import numpy as np
 
-from blktrack import bitmap, extent
+from blktrack import bitmap, extent, history
 from blktrack.bitmap import Words
 from blktrack.errors import BlktrackError, UsageError
 from blktrack.point import Point
-from blktrack.report import DeviceStatus, ExtentsReport, LinkStatus, Past
+from blktrack.report import DeviceStatus, ExtentsReport, LastRun, LinkStatus, Past, Run
+from blktrack.ship.address import is_remote
 from blktrack.ship.place import inspect
 from blktrack.ship.record import State
 from blktrack.state import DeviceState, Doubt, LinkState, Store
@@ -47,12 +48,49 @@ def extents(store: Store, path: str, target: str | None) -> ExtentsReport:
 
 
 def status(store: Store, path: str | None) -> list[DeviceStatus]:
-    """Every device, or the one named. Doubts found here are recorded like anywhere else."""
+    """Every device, or the one named, with the last runs of their links. Doubts found here are
+    recorded like anywhere else; no other host is asked for anything."""
     if path is None:
         known = [state for state in store.devices() if state.wanted or state.doubts]
-        return [status_of(store, state, present(state)) for state in known]
-    state, device = find_any(store, path)
-    return [status_of(store, state, device if device and device.size else present(state))]
+        reports = [(state, status_of(store, state, present(state))) for state in known]
+    else:
+        state, device = find_any(store, path)
+        there = device if device and device.size else present(state)
+        reports = [(state, status_of(store, state, there))]
+    for state, report in reports:
+        _tell_runs(store, state, report)
+    return [report for _, report in reports]
+
+
+def _tell_runs(store: Store, state: DeviceState, report: DeviceStatus) -> None:
+    """As far as they are on record."""
+    keys = [history.key(link.name, link.target) for link in report.links]
+    try:
+        last = history.latest(store, state.id, set(keys))
+        failed = history.latest(store, state.id, set(keys), failed=True)
+    except BlktrackError:  # `blktrack history` says what is wrong with it
+        return
+    for link, its in zip(report.links, keys, strict=True):
+        if run := last.get(its):
+            link.last_run = _last_run(run)
+        # One that gave way is told of only while nothing else has come since.
+        if bad := run if run and run.exit else failed.get(its):
+            link.last_error = Past(bad.error, bad.begun + bad.duration_s)
+
+
+def _last_run(run: Run) -> LastRun:
+    moved = run.bytes_wire if is_remote(run.target) else run.bytes_shipped
+    told = moved and run.duration_s and run.mode != "nothing"
+    return LastRun(
+        begun=run.begun,
+        duration_s=run.duration_s,
+        exit=run.exit,
+        error=run.error,
+        mode=run.mode,
+        bytes_shipped=run.bytes_shipped,
+        bytes_wire=run.bytes_wire,
+        rate=moved / run.duration_s if told else None,
+    )
 
 
 def glance(store: Store, state: DeviceState) -> list[LinkStatus]:
@@ -124,10 +162,12 @@ def _link_status(
         point = cursor if at_point else None
         if state_of == "ready":
             state_of, reason = seen, why
-    pending = None
+    pending = held = None
     if tracking is not None and live is not None:
-        found = _pending(tracking, link, live)
-        pending = extent.total(bitmap.extents(found, state.granularity, state.size))
+        pending = _bytes(state, _pending(tracking, link, live))
+        if is_remote(link.target):
+            missing = _pending(tracking, link, live, held=False) if link.stage else None
+            held = 0 if missing is None else max(pending - _bytes(state, missing), 0)
     return LinkStatus(
         target=link.target,
         name=link.name,
@@ -139,6 +179,8 @@ def _link_status(
         state=state_of,
         reason=reason,
         resyncs=_told(link.doubts),
+        route=link.route,
+        held_bytes=held,
     )
 
 
@@ -147,6 +189,8 @@ def of_replica(store: Store, link: LinkState, cursor: Point) -> tuple[str, str, 
     where a copy that has not ended took it from its point. Of streams nobody knows."""
     if not link.target:
         return "ready", "", True
+    if is_remote(link.target):
+        return _elsewhere(link)
     try:
         record, change = inspect(link.target, store.paths)
     except BlktrackError as error:
@@ -161,6 +205,17 @@ def of_replica(store: Store, link: LinkState, cursor: Point) -> tuple[str, str, 
     return "ready", "", at_point
 
 
+def _elsewhere(link: LinkState) -> tuple[str, str, bool]:
+    """As `of_replica`, by what the last run knew of it: its host is not asked."""
+    if link.away:
+        what = "a full copy of it has not ended" if link.phase else "an increment is half in it"
+        return "unfinished", f"{what}: the next sync goes on with that", False
+    if link.sealing:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(link.sealing.time))
+        return "ready", f"it was asked to go on to {when}, and has not said that it did", True
+    return "ready", "", True
+
+
 def resync_reason(state: DeviceState, link: LinkState) -> str:
     """Why the link's replica has to be compared with the source; "" if it has not."""
     if link.cursor is None:
@@ -173,13 +228,18 @@ def resync_reason(state: DeviceState, link: LinkState) -> str:
     return ended[-1] if ended else "tracking began anew since its last sync"
 
 
-def _pending(tracking: Tracking, link: LinkState, live: Words) -> Words:
-    """What a link has to ship; all of the device if that is not known to be less."""
+def _bytes(state: DeviceState, found: Words) -> int:
+    return extent.total(bitmap.extents(found, state.granularity, state.size))
+
+
+def _pending(tracking: Tracking, link: LinkState, live: Words, *, held: bool = True) -> Words:
+    """What a link has to ship; all of the device if that is not known to be less. Without `held`
+    it is what no stage has."""
     generation_id = tracking.state.generation
     known = link.cursor is not None and link.cursor.generation == generation_id
     if known or link.filled == generation_id:
         with contextlib.suppress(FileNotFoundError), LinkSets(tracking, link) as sets:
-            return sets.union(live)
+            return sets.union(live, held=held)
     every: Words = np.zeros(tracking.words, dtype=np.uint64)
     bitmap.set_range(every, 0, tracking.window.geometry.granules)
     return every
