@@ -112,6 +112,46 @@ def test_options_of_a_link(tmp_path: Path) -> None:
     assert options.history == 30 * 86400
 
 
+def test_a_replica_on_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        '[defaults]\nretry-for = "10m"\ncompress = 9\n[device.a]\npath = "/dev/vg/a"\n'
+        '[device.a.replica.near]\ntarget = "/b"\n'
+        '[device.a.replica.far]\ntarget = "ssh://me@host:22//b/./a%62.img"\n'
+        'retry-for = 0\npeer-timeout = 5\ntime-limit = "4m30s"\ncompress = "none"\n'
+    )
+    policy = load(written(tmp_path, text))
+    near, far = link_of(policy, "a", "near"), link_of(policy, "a", "far")
+    options = far.options()
+    assert (options.retry_for, options.compress) == (0, "none")
+    assert (options.patience, options.time_limit) == (5, 270)
+    assert (near.retry_for, near.compress, near.time_limit) == (600, 9, None)
+    assert far.target == "ssh://me@host:22/b/ab.img"
+    # As a link remembers it; what is no path is made none.
+    monkeypatch.chdir(tmp_path)
+    assert policy.link("/dev/vg/a", far.target) == far
+    assert policy.link("/dev/vg/a", "ssh://host/b/ab.img") is None
+
+
+@pytest.mark.needs("root", "loop")
+def test_a_host_is_not_reached_to_check(
+    tmp_path: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    text = f'[device.a]\npath = "{disks.loop(MIB)}"\n[device.a.replica.r]\ntarget = "ssh://h/x"\n'
+    file = written(tmp_path, f'{text}compress = 3\ntime-limit = "5m"\nretry-for = "3m"\n')
+    monkeypatch.setenv("BLKTRACK_SSH", "/bin/false")
+    assert not any("ssh" in problem.message for problem in check(load(file)))
+    assert main(["config", "check", "--file", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "-> ssh://h/x  crash" in told
+    assert "gives up after 5m; zstd 3; tried again for 3m" in told
+    monkeypatch.setenv("BLKTRACK_SSH", "/nowhere/ssh -v")
+    (found,) = (found for found in check(load(file)) if found.key.endswith(".target"))
+    assert "there is no /nowhere/ssh" in found.message and "openssh-client" in found.hint
+    file.write_text(f'{text}compress = "none"\n', encoding="utf-8")
+    assert main(["config", "check", "--file", str(file)]) == 0
+    assert "not compressed" in capsys.readouterr().out
+
+
 def test_no_file_is_no_policy(tmp_path: Path) -> None:
     policy = load(tmp_path / "none.toml")
     assert not policy.exists
@@ -137,7 +177,7 @@ REPLICA = '[device.a.replica.r]\ntarget = "/b"\n'
         ('[device]\npath = "/dev/a"', "device.path", "is not a table", "under [device.NAME]"),
         ("[defaults]\nrop = 1", "defaults.rop", "is not a known key", "did you mean rpo?"),
         ("[defaults]\nrpo_error = 1", "defaults.rpo_error", "not a known key", "rpo-error?"),
-        ("[defaults]\nqqq = 1", "defaults.qqq", "is not a known key", "known: consistency"),
+        ("[defaults]\nqqq = 1", "defaults.qqq", "is not a known key", "known: compress"),
         ('[defaults]\npath = "/dev/a"', "defaults.path", "is not a known key", ""),
         ("[device.a]\n" + REPLICA, "device.a", "has no path", "by-id"),
         (DEVICE, "device.a", "has no replica", "[device.a.replica.NAME]"),
@@ -197,11 +237,37 @@ REPLICA = '[device.a.replica.r]\ntarget = "/b"\n'
             "a target of its own",
         ),
         (
-            DEVICE + '[device.a.replica.r]\ntarget = "ssh://host/x"',
+            DEVICE + '[device.a.replica.r]\ntarget = "ssh://host"',
             "device.a.replica.r.target",
-            "is not valid",
-            "other hosts are not supported",
+            "'ssh://host' is not valid",
+            "names no file or device on its host; add it: ssh://host/path",
         ),
+        (
+            DEVICE + '[device.a.replica.r]\ntarget = "ssh://me:secret@host/x"',
+            "device.a.replica.r.target",
+            "'ssh://me:…@host/x' is not valid",
+            "has a password in it; leave it out",
+        ),
+        (
+            DEVICE
+            + '[device.a.replica.r]\ntarget = "ssh://host/x"\n'
+            + '[device.a.replica.s]\ntarget = "SSH://host//x"',
+            "device.a.replica.s.target",
+            "is the target of device.a.replica.r too",
+            "a target of its own",
+        ),
+        (
+            DEVICE + REPLICA + 'retry-for = "1m"',
+            "device.a.replica.r.retry-for",
+            "is for a replica on another host",
+            "leave it out",
+        ),
+        ("[defaults]\ncompress = 20", "defaults.compress", "is not valid", "from 1 to 19"),
+        ('[defaults]\ncompress = "best"', "defaults.compress", "is not valid", '"adapt"'),
+        ("[defaults]\nretry-for = -1", "defaults.retry-for", "is not valid", "more than 0"),
+        ("[defaults]\nretry-for = false", "defaults.retry-for", "false is not valid", "a time"),
+        ("[defaults]\ntime-limit = 0", "defaults.time-limit", "is not valid", "more than 0"),
+        ('[defaults]\npeer-timeout = "2h"', "defaults.peer-timeout", "not valid", "1s to 1h"),
         (
             DEVICE + '[device.a.replica."b.c"]\ntarget = "/x"\n'
             '[device."a.b"]\npath = "/dev/b"\n[device."a.b".replica.c]\ntarget = "/y"',

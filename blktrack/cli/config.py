@@ -18,6 +18,7 @@ from blktrack.policy import LinkPolicy, Policy, Problem, read
 from blktrack.policy.check import check
 from blktrack.rates import Rates
 from blktrack.report import Finding, PolicyReport
+from blktrack.ship.address import is_remote
 from blktrack.units import format_promise, format_size
 
 
@@ -82,6 +83,13 @@ def _settings(link: LinkPolicy) -> str:
         found.append("no freeze")
     if link.in_place:
         found.append("in place")
+    if link.time_limit is not None:
+        found.append(f"gives up after {format_promise(link.time_limit)}")
+    if is_remote(link.target):
+        if link.compress != "adapt":
+            level = f"zstd {link.compress}"
+            found.append("not compressed" if link.compress == "none" else level)
+        found.append(f"tried again for {format_promise(link.retry_for)}")
     return "; ".join(found)
 
 

@@ -12,8 +12,11 @@ from blktrack.history import KEEP
 from blktrack.options import Options
 from blktrack.quiesce.freeze import CAP
 from blktrack.rates import UNLIMITED, Rates
+from blktrack.ship.address import is_remote
+from blktrack.ship.wire.pace import Setting
 
 JOBS = 4  # devices that are synced at the same time
+_ASKED = Options()  # of what nothing is said
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class LinkPolicy:
     pre_freeze: tuple[str, ...] = ()
     post_freeze: tuple[str, ...] = ()
     in_place: bool = False
+    time_limit: float | None = None
+    # Of a replica on another host:
+    retry_for: float = _ASKED.retry_for
+    compress: Setting = _ASKED.compress
+    peer_timeout: float = _ASKED.patience
     rates: Rates = UNLIMITED
     history: float = KEEP  # for which runs are remembered
     rpo: float | None = None  # the promised age of the newest point
@@ -45,6 +53,10 @@ class LinkPolicy:
             pre=self.pre_freeze,
             post=self.post_freeze,
             in_place=self.in_place,
+            time_limit=self.time_limit,
+            retry_for=self.retry_for,
+            compress=self.compress,
+            patience=self.peer_timeout,
             limit=self.rates,
             history=self.history,
         )
@@ -86,7 +98,8 @@ class Policy:
 
     def link(self, device: str, target: str) -> LinkPolicy | None:
         """That of a replica of a device, whatever names either is called by."""
-        found = (link for link in self.links if link.target == os.path.abspath(target))
+        name = target if is_remote(target) else os.path.abspath(target)
+        found = (link for link in self.links if link.target == name)
         return next((link for link in found if same_device(link.device, device)), None)
 
 

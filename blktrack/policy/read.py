@@ -20,6 +20,7 @@ from typing import Any
 from blktrack.errors import UsageError
 from blktrack.policy import values
 from blktrack.policy.model import JOBS, DevicePolicy, LinkPolicy, Policy
+from blktrack.ship.address import is_remote, without_secret
 from blktrack.units import format_promise
 
 Values = dict[str, Any]
@@ -32,6 +33,10 @@ LINK_KEYS: dict[str, Callable[[Any], Any]] = {
     "pre-freeze": values.commands,
     "post-freeze": values.commands,
     "in-place": values.boolean,
+    "time-limit": values.duration,
+    "retry-for": values.retry_for,
+    "compress": values.compress,
+    "peer-timeout": values.peer_timeout,
     "limit": values.limit,
     "windows": values.windows,
     "rpo": values.duration,
@@ -46,8 +51,10 @@ KEYS = DEFAULT_KEYS | DEVICE_KEYS | REPLICA_KEYS
 # Keys whose value a LinkPolicy has under the same name.
 _AS_THEY_ARE = (
     *("enabled", "consistency", "freeze", "freeze-cap", "pre-freeze", "post-freeze"),
-    *("in-place", "history", "rpo", "target"),
+    *("in-place", "history", "rpo", "target", "time-limit"),
+    *("retry-for", "compress", "peer-timeout"),
 )
+_ELSEWHERE = ("retry-for", "compress", "peer-timeout")  # of replicas on other hosts
 _BELONG = {"rpo": ("rpo-warning", "rpo-error"), "limit": ("windows",)}
 
 
@@ -133,6 +140,12 @@ class _Reader:
             own = self._values(key, table, REPLICA_KEYS)
             if "target" not in table:
                 self._problem(key, "has no target", "add the path of a device or a file as target")
+            elif "target" in own and not is_remote(own["target"]):
+                for name_of in _ELSEWHERE:
+                    if name_of in own:
+                        hint = "leave it out; what is said of all replicas is for those alone"
+                        place = f"{key}.{name_of}"
+                        self._problem(place, "is for a replica on another host", hint)
             merged = _over(inherited, own)
             self._consistent(key, own, merged)
             if "path" in inherited and "target" in own:
@@ -246,5 +259,7 @@ def _link(name: str, merged: Values) -> LinkPolicy:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and is_remote(value):
+        value = without_secret(value)
     text = repr(value) if not isinstance(value, bool) else str(value).lower()
     return text if len(text) <= 60 else f"{text[:57]}..."

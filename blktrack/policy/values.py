@@ -11,7 +11,10 @@ from typing import Any
 from blktrack.errors import UsageError
 from blktrack.quiesce.freeze import CAP_MOST
 from blktrack.rates import DAY_MINUTES, DAYS, Rates, Window
-from blktrack.units import GRANULARITY_MOST, SECTOR, parse_duration, parse_size
+from blktrack.ship.address import Address, is_remote
+from blktrack.ship.wire.hello import LEAST_PATIENCE, MOST_PATIENCE
+from blktrack.ship.wire.pace import FIXED_MOST, Setting
+from blktrack.units import GRANULARITY_MOST, SECTOR, format_promise, parse_duration, parse_size
 
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})", re.ASCII)
 _JOBS_MOST = 64
@@ -99,14 +102,41 @@ def device_path(value: Any) -> str:
 
 
 def target(value: Any) -> str:
-    if isinstance(value, str) and value.startswith("ssh://"):
-        raise ValueError("replicas on other hosts are not supported yet; use a path")
-    return _path(value)
+    """As links remember it."""
+    if not isinstance(value, str) or not is_remote(value):
+        return _path(value, "write an absolute path, or ssh://[user@]host[:port]/path")
+    try:
+        return str(Address.parse(value))
+    except UsageError as error:
+        raise ValueError(f"{error}; {error.hint}") from error
 
 
-def _path(value: Any) -> str:
+def retry_for(value: Any) -> float:
+    """Seconds; none is one attempt."""
+    return 0.0 if value in (0, "0") and value is not False else duration(value)
+
+
+def peer_timeout(value: Any) -> float:
+    seconds = duration(value)
+    if not LEAST_PATIENCE <= seconds <= MOST_PATIENCE:
+        least, most = format_promise(LEAST_PATIENCE), format_promise(MOST_PATIENCE)
+        raise ValueError(f"write a time from {least} to {most}")
+    return seconds
+
+
+def compress(value: Any) -> Setting:
+    if value == "none":
+        return "none"
+    if value == "adapt":
+        return "adapt"
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= FIXED_MOST:
+        raise ValueError(f'write "none", "adapt" or a level from 1 to {FIXED_MOST}')
+    return value
+
+
+def _path(value: Any, hint: str = "write an absolute path") -> str:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
-        raise ValueError("write an absolute path")
+        raise ValueError(hint)
     return os.path.normpath(value)
 
 

@@ -83,7 +83,7 @@ def _split_port(text: str, place: str) -> tuple[str, str | None]:
 def _user(text: str, encoded: str) -> str:
     if ":" in encoded:
         raise UsageError(
-            f"{_without_secret(text)!r} has a password in it",
+            f"{without_secret(text)!r} has a password in it",
             hint="leave it out: ssh asks for it, or better takes a key",
         )
     user = _decode(text, encoded)
@@ -172,6 +172,6 @@ def _encode(text: str, plain: set[str]) -> str:
     )
 
 
-def _without_secret(text: str) -> str:
+def without_secret(text: str) -> str:
     """The address as a message may show it."""
     return SCHEME + re.sub(r":[^/]*@", ":…@", text[len(SCHEME) :], count=1)
