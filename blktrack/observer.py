@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 FREEZE = "freeze"
+ASKING = "connecting"  # ssh may be asking on the terminal
+HUSHED = (FREEZE, ASKING)
 
 
 class Observer(Protocol):
@@ -14,7 +16,8 @@ class Observer(Protocol):
         """A phase of `total` bytes begins; 0 if nobody knows, or if bytes are no measure of it.
 
         While FREEZE lasts, which is until the next phase, nothing may be written: the file system
-        that holds the log may be the one that is frozen.
+        that holds the log may be the one that is frozen. Nor while ASKING does: the line on the
+        terminal is that of another program.
         """
 
     def done(self, count: int) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from blktrack.observer import FREEZE
+from blktrack.observer import HUSHED
 from blktrack.units import format_rate, format_size
 
 _WINDOW = 15.0  # seconds over which a rate is measured
@@ -44,7 +44,7 @@ class Reading:
 
 class Meter:
     """An Observer that remembers. Its readings may be taken by another thread, which holds `gate`
-    while it writes what they say: FREEZE then begins after that."""
+    while it writes what they say: FREEZE and ASKING then begin after that."""
 
     def __init__(self, label: str = "", clock: Callable[[], float] = time.monotonic) -> None:
         self.label = label  # which of several operations it is
@@ -83,7 +83,7 @@ class Meter:
             rate = (count - before) / (now - since)
             if total and rate > 0 and elapsed >= _SURE:
                 left = (total - count) / rate
-        return Reading(self._name, count, total, rate, left, elapsed, self._name == FREEZE)
+        return Reading(self._name, count, total, rate, left, elapsed, self._name in HUSHED)
 
     def _oldest(self, now: float) -> tuple[float, int]:
         """The last sample that is older than the window, or else the first. Where nothing is done

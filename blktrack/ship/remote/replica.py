@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from blktrack.extent import ExtentArray
-from blktrack.observer import NOBODY, Observer
+from blktrack.observer import ASKING, NOBODY, Observer
 from blktrack.point import Point
 from blktrack.ship.address import Address
 from blktrack.ship.fields import Fields
@@ -86,8 +86,9 @@ class RemoteReplica:
     ) -> Self:
         """As Replica.open. Not writable: only to be compared, whatever it is."""
         with contextlib.ExitStack() as held:
-            observer.phase(f"connecting to {address.name}", 0)
+            observer.phase(ASKING if wire.interactive else f"connecting to {address.name}", 0)
             replica = cls(held.enter_context(Link(address, wire, stop)), source)
+            observer.phase(f"waiting for {address.name}", 0)
             found = replica._link.client.request(
                 Kind.OPEN,
                 {
