@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from blktrack.errors import BlktrackError, Interrupted, NoPoint
 from blktrack.history import KEEP
@@ -14,6 +13,7 @@ from blktrack.observer import Observer
 from blktrack.quiesce.freeze import CAP
 from blktrack.rates import UNLIMITED, Rates
 from blktrack.ship.wire.hello import PATIENCE
+from blktrack.ship.wire.pace import Setting
 from blktrack.units import format_promise
 
 __all__ = ["Observer", "Options"]
@@ -37,11 +37,12 @@ class Options:
     stop: threading.Event = field(default_factory=threading.Event)
     signum: int = 0  # set together with `stop`
     # Of a replica on another host:
-    compress: int | Literal["none", "adapt"] = "adapt"  # zstd's level
+    compress: Setting = "adapt"  # zstd's level
     retry_for: float = 60.0  # seconds without progress in which a lost connection is tried again
     patience: float = PATIENCE  # seconds of silence after which the other side is taken for dead
     interactive: bool = False  # whether ssh may ask on the terminal
     time_limit: float | None = None  # seconds after which a run gives up, to go on another time
+    time_left: float | None = None  # of the limit, where it began before this run; None: all
     expired: bool = False  # set together with `stop`: the time is over
 
     @contextlib.contextmanager
@@ -50,7 +51,8 @@ class Options:
         if self.time_limit is None:
             yield
             return
-        timer = threading.Timer(self.time_limit, self._expire)
+        left = self.time_limit if self.time_left is None else self.time_left
+        timer = threading.Timer(max(left, 0.0), self._expire)
         timer.daemon = True
         timer.start()
         try:

@@ -32,6 +32,7 @@ def verify(
     which waits complete is applied first."""
     device = BlockDevice.find(path)
     with (
+        options.limited(),
         _opened(store, device, target, options, observer) as (replica, other),
         Watch(options.stop, device, other),
         open_end(device.path) as source,

@@ -59,7 +59,10 @@ def rates(text: str) -> Rates:
 
 def add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--limit", type=rates, metavar="RATE", help="bytes read per second, as 50M, or none"
+        "--limit",
+        type=rates,
+        metavar="RATE",
+        help="bytes read per second, or sent to another host, as 50M, or none",
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 
 from blktrack.cli.common import emit, instant, paths, renew_unit, stoppable, store
+from blktrack.cli.remote import remote_options
 from blktrack.cli.rows import Rows
 from blktrack.errors import UsageError
 from blktrack.fleet import Settings, sync_all, trouble
@@ -26,10 +27,11 @@ def run(args: argparse.Namespace) -> int:
         options.no_resync = args.no_resync
         if args.limit is not None:
             options.limit = args.limit
+        remote_options(args, options)
 
     policy = policy_to_follow()
     with Rows(quiet=args.quiet) as rows:
-        settings = Settings(store(), policy, stoppable, adjust, args.jobs)
+        settings = Settings(store(), policy, stoppable, adjust, args.jobs, args.time_limit)
         report, tracked = sync_all(settings, rows)
     if args.json:
         emit(report)

@@ -28,8 +28,8 @@ EXITS = {
     "1": "failed; nothing was half-done, and the message says what to do",
     "2": "wrong usage",
     "3": "a resync is needed and --no-resync forbade it, or the device is not tracked",
-    "4": "no consistent point was reached; the replica is still at its previous point, or "
-    "unfinished if that was given up before",
+    "4": "no consistent point was reached, or not in the time allowed; the replica is still at its "
+    "previous point, or unfinished if that was given up before",
     "5": "the replica differs from its device",
     "6": "busy: another run holds this device or replica, or it is in use",
     "128+N": "stopped by signal N; what was done so far is kept",

@@ -3,6 +3,7 @@ changed, after a doubt by comparing.
 
   blktrack sync /dev/sdb /backup/sdb.img
   blktrack sync /dev/vg0/data /dev/vg1/data --limit 50M --quiet
+  blktrack sync /dev/sdb ssh://vault/backup/sdb.img --retry-for 10m
   blktrack sync /dev/sdb /backup/sdb.img --consistency filesystem \\
       --pre-freeze 'mydb --hold' --post-freeze 'mydb --go-on'
   blktrack sync --all --quiet --remind 4h
@@ -31,6 +32,7 @@ from blktrack.cli.common import (
 from blktrack.cli.parser import Misused
 from blktrack.cli.progress import Watcher
 from blktrack.cli.remind import add_remind, reminded
+from blktrack.cli.remote import add_remote, remote_options
 from blktrack.policy import load
 from blktrack.report import SyncReport
 from blktrack.sync import sync
@@ -45,7 +47,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("device", metavar="DEVICE", nargs="?", help="a tracked device")
     parser.add_argument(
-        "target", metavar="TARGET", nargs="?", type=target, help="a device or a file"
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        type=target,
+        help="a device or a file, or ssh://[user@]host[:port]/path on another host",
     )
     parser.add_argument(
         "--all", action="store_true", help="every enabled replica of the policy file"
@@ -70,6 +76,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="write an increment straight into the replica, where there is no room to stage it "
         "beside: it is at no point until that has ended, in this or a later sync",
     )
+    add_remote(parser)
     add_capture(parser)
     add_json(parser)
     add_quiet(parser)
@@ -132,6 +139,7 @@ def _run(args: argparse.Namespace) -> int:
     options = capture_options(args, link.options() if link else None)
     options.full, options.force, options.no_resync = args.full, args.force, args.no_resync
     options.in_place |= args.in_place
+    remote_options(args, options, args.target)
     with Watcher(quiet=args.quiet) as watcher, stoppable(options):
         report, _ = sync(store(), args.device, args.target, options, watcher)
     if args.json:

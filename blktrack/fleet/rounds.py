@@ -16,13 +16,14 @@ from functools import partial
 from itertools import groupby
 from typing import Protocol
 
-from blktrack.errors import Busy
+from blktrack.errors import Busy, NoPoint
 from blktrack.fleet.child import Child, Message
 from blktrack.fleet.outcome import jobs_of, judge, last_points, outcome, worst
 from blktrack.fleet.turns import Turns
 from blktrack.fleet.work import Settings, work
 from blktrack.options import Options
 from blktrack.report import FleetReport, LinkOutcome, SyncReport
+from blktrack.units import format_promise
 
 _TICK = 0.2  # seconds
 
@@ -80,6 +81,7 @@ class Rounds:
         self._turns = Turns(settings.store.paths.run, settings.jobs or settings.policy.jobs)
         self._waiting: deque[deque[int]] = deque()  # by device
         self._running: dict[int, Running] = {}  # by descriptor
+        self._begun = time.monotonic()
         self._poll = select.poll()
 
     def run(self) -> None:
@@ -113,6 +115,8 @@ class Rounds:
     def _step(self) -> None:
         if self.ending.stop.is_set():
             self._end()
+        elif self._left() == 0.0:
+            self._give_up()
         while self._waiting and (slot := self._turns.slot()):
             self._begin(self._waiting.popleft(), slot)
         for fd, _ in self._poll.poll(_TICK * 1000):
@@ -123,7 +127,7 @@ class Rounds:
         """The next link of a device."""
         number = numbers.popleft()
         try:
-            child = Child.begin(partial(work, self.settings, self.jobs[number]))
+            child = Child.begin(partial(work, self.settings, self.jobs[number], self._left()))
         except OSError as error:
             words = f"no process can be had for it: {error.strerror}"
             self._fail(number, words, "free memory, or raise the limit of processes", 1)
@@ -182,16 +186,35 @@ class Rounds:
         hint = "see the kernel log; nothing is lost, the next sync goes on where it stopped"
         self._fail(number, f"its process {how}", hint, 1)
 
+    def _left(self) -> float | None:
+        """Seconds of the time limit."""
+        limit = self.settings.time_limit
+        return None if limit is None else max(limit - (time.monotonic() - self._begun), 0.0)
+
     def _end(self) -> None:
         """What runs ends as it would by itself; what has not begun does not."""
         signum = self.ending.signum
-        while self._waiting:
-            for number in self._waiting.popleft():
-                words = f"it was not begun: {_signal(signum)} had ended the run"
-                self._fail(number, words, "run it again", 128 + signum)
-                self.watcher.ended(self.outcomes[number])
+        words = f"it was not begun: {_signal(signum)} had ended the run"
+        self._leave_out(words, "run it again", 128 + signum)
         for running in self._running.values():
             running.child.tell(signum)
+
+    def _give_up(self) -> None:
+        """The time is over: what runs knows of that itself."""
+        limit = format_promise(self.settings.time_limit or 0.0)
+        words = f"it was not begun: the time limit of {limit} was over"
+        self._leave_out(words, "run it again, or give it more time", NoPoint.exit_code)
+
+    def _leave_out(self, words: str, hint: str, code: int) -> None:
+        """All that has not begun, of devices that are worked on too."""
+        running = [one.device for one in self._running.values()]
+        for numbers in (*self._waiting, *running):
+            for number in numbers:
+                self._fail(number, words, hint, code)
+                self._turns.let_go(self.outcomes[number].name)
+                self.watcher.ended(self.outcomes[number])
+            numbers.clear()
+        self._waiting.clear()
 
 
 def _signal(number: int) -> str:

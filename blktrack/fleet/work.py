@@ -28,12 +28,20 @@ class Settings:
     guard: Callable[[Options], AbstractContextManager[None]]  # has signals end what these are for
     adjust: Callable[[Options], None] = lambda options: None  # over what the policy says
     jobs: int | None = None  # devices at a time, over the policy's
+    time_limit: float | None = None  # seconds for all of it
 
 
-def work(settings: Settings, job: Job, sender: Sender, ready: Callable[[], None]) -> None:
-    """Sync a link, and send what came of it; every error is sent as well."""
+def work(
+    settings: Settings, job: Job, left: float | None, sender: Sender, ready: Callable[[], None]
+) -> None:
+    """Sync a link, and send what came of it; every error is sent as well.
+
+    left -- seconds of the time limit of the round, if it has one.
+    """
     options = job.link.options()
     settings.adjust(options)
+    if left is not None and (options.time_limit is None or left < options.time_limit):
+        options.time_limit, options.time_left = settings.time_limit, left
     with settings.guard(options):
         ready()
         try:
