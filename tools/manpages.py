@@ -38,6 +38,8 @@ _WHOLE = (
 _ENVIRONMENT = {
     "BLKTRACK_ROOT": "A folder below which this instance keeps all its files, and which gives its "
     "programs in the kernel a place of their own, so that several instances do not meet.",
+    "BLKTRACK_SSH": "What to run instead of ssh to reach another host: words as for a shell, the "
+    "last of which are an ssh's, as `ssh -F FILE`. Its options win over those of blktrack.",
 }
 _HOOKS = {
     "BLKTRACK_PHASE": "Set for hooks: pre or post, the side of the freeze that they run on.",
