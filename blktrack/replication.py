@@ -23,7 +23,7 @@ from blktrack.round import Plan, Round, Shipped
 from blktrack.ship.record import State
 from blktrack.ship.remote import FarStage, RemoteReplica
 from blktrack.ship.replica import Replica
-from blktrack.ship.room import room
+from blktrack.ship.room import check_room_for, room
 from blktrack.ship.stage import Stage
 from blktrack.state import DeviceState
 from blktrack.tracker.link import LinkSets
@@ -115,6 +115,8 @@ class Replication(Round):
             self.depart()
             replica.begin(State.APPLYING if increment else State.UNFINISHED, plan.swap.generation)
             crash.point("ship-begun")
+            # Another round of this run, after a gap, finds what this one wrote.
+            blank, replica.blank = replica.blank, False
             try:
                 shipped = self.capture(
                     plan,
@@ -123,7 +125,7 @@ class Replication(Round):
                     replica.end,
                     durable=None if increment else sets.shipped,
                     compare=plan.mode == "resync",
-                    blank=replica.blank,
+                    blank=blank,
                     kept="the replica is unfinished",
                 )
             except (NoPoint, Refused) as error:
@@ -200,6 +202,14 @@ class RemoteReplication(Replication):
         """It outlives the round, and the next one goes on with it."""
         with self.replica.stage(self.link.stage) as stage:
             self.course.stage_in(stage.id, sets)
+            check_room_for(
+                plan.extents,
+                stage.folder,
+                stage.free,
+                self.device.path,
+                stop=self.options.stop,
+                observer=observer,
+            )
             yield stage, sets.staged
 
     def depart(self) -> None:

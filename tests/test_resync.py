@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from blktrack.capture import Source
+from blktrack.extent import ExtentArray
+from blktrack.tracker.tracking import Gap, Swap
 from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.background import assert_clear
@@ -249,3 +252,22 @@ def test_a_resync_that_has_not_ended_leaves_no_point(shared: Lab) -> None:
         assert points == {str(pair.file): ("resync", True), str(pair.device): ("ready", False)}
     shared.sync(pair.source, pair.file)
     assert all(link["point"] for link in shared.status(pair.source)["links"])
+
+
+def test_a_gap_in_a_first_copy_leaves_nothing_of_it_where_the_source_is_zero_by_then(
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica was blank when the copy began, and is not when it begins anew."""
+    source, replica = shared.loop(SIZE), shared.name("replica")
+    fill(source)
+    shared.track(source)
+    judge = Source.is_valid
+
+    def gap(self: Source, swap: Swap, extents: ExtentArray) -> bool:
+        monkeypatch.setattr(Source, "is_valid", judge)
+        write_direct(source, MIB, bytes(4 * MIB))
+        raise Gap(f"{source}: a mark was lost")
+
+    monkeypatch.setattr(Source, "is_valid", gap)
+    shared.sync(source, replica)
+    assert (read_image(replica) == read_image(source)).all()
