@@ -151,7 +151,7 @@ CURSOR_FIRST = """
                 self.link.cursor = shipped.point
                 self.store.save_link(self.number, self.link)
                 crash.point("mutant")
-                stage.seal(shipped.read, shipped.point)
+                stage.seal(whole, shipped.point)
 """
 NEW_SLOT_FIRST = """
     state.slot, state.maps, state.size = slot, maps, window.length
@@ -198,18 +198,18 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
         "stale",
     ),
     "what is to ship is forgotten before it is written": (
-        "sync.py",
-        "\n            with self._room(plan, observer), replica.stage() as stage:\n",
+        "replication.py",
+        "\n            with self.staging(plan, sets, observer) as (stage, durable):\n",
         "\n            sets.all_shipped()\n"
         '            crash.point("mutant")\n'
-        "            with self._room(plan, observer), replica.stage() as stage:\n",
+        "            with self.staging(plan, sets, observer) as (stage, durable):\n",
         Campaign.incremental,
         "mutant",
         "stale",
     ),
     "the cursor moves before the increment is sealed": (
-        "sync.py",
-        "\n                stage.seal(shipped.read, shipped.point)\n",
+        "replication.py",
+        "\n                stage.seal(whole, shipped.point)\n",
         CURSOR_FIRST,
         Campaign.incremental,
         "mutant",

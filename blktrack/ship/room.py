@@ -24,13 +24,13 @@ from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import EndError, Endpoint, open_end
 from blktrack.units import format_size
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class NoRoom(CopyFailed):
     """An increment does not fit beside its replica, which is as it was."""
 
-    def __init__(self, folder: Path, changed: int, free: int, why: str) -> None:
+    def __init__(self, folder: Path | str, changed: int, free: int, why: str) -> None:
         super().__init__(
             f"no room in {folder} for an increment of {format_size(changed)}: {why}",
             hint=f"free space there ({format_size(free)} of it is free), or run blktrack sync"
@@ -40,7 +40,7 @@ class NoRoom(CopyFailed):
     @classmethod
     def after(cls, folder: Path, staged: int, error: EndError) -> Self:
         """Of one that was begun: so much of it was staged, and is dropped."""
-        return cls(folder, staged, _free(folder) or 0, os.strerror(error.errno))
+        return cls(folder, staged, free_in(folder) or 0, os.strerror(error.errno))
 
 
 @contextlib.contextmanager
@@ -54,40 +54,57 @@ def room(
     observer: Observer = NOBODY,
 ) -> Iterator[None]:
     """Around the staging of `extents` in `folder`: NoRoom if it cannot come to an end there."""
-    free, changed = _free(folder), total(extents)
-    if free is not None and changed > free:
-        observer.phase("looking whether it fits beside the replica", changed)
-        with open_end(source) as end:
-            counter = _Counter(end.size, free)
-            try:
-                copy(
-                    end,
-                    counter,
-                    extents,
-                    known_zero=True,
-                    stop=stop,
-                    limit=limit,
-                    progress=observer.done,
-                )
-            except EndError as error:
-                if error.path != counter.path:
-                    raise
-                why = f"more than {format_size(free)} of it is data"
-                raise NoRoom(folder, changed, free, why) from error
+    free = free_in(folder)
+    check_room_for(extents, folder, free, source, stop=stop, limit=limit, observer=observer)
     try:
         yield
     except EndError as error:
-        if error.errno in _FULL and Path(error.path).parent == folder:
-            raise NoRoom(folder, changed, free or 0, os.strerror(error.errno)) from error
+        if error.errno in FULL and Path(error.path).parent == folder:
+            raise NoRoom(folder, total(extents), free or 0, os.strerror(error.errno)) from error
         raise
 
 
-def _free(folder: Path) -> int | None:
-    """Bytes that root can still write there; None where that is not told."""
+def check_room_for(
+    extents: ExtentArray,
+    folder: Path | str,
+    free: int | None,
+    source: str,
+    *,
+    stop: threading.Event,
+    limit: Rates = UNLIMITED,
+    observer: Observer = NOBODY,
+) -> None:
+    """NoRoom if `extents` of a source do not fit into so many bytes."""
+    changed = total(extents)
+    if free is None or changed <= free:
+        return
+    observer.phase("looking whether it fits beside the replica", changed)
+    with open_end(source) as end:
+        counter = _Counter(end.size, free)
+        try:
+            copy(
+                end,
+                counter,
+                extents,
+                known_zero=True,
+                stop=stop,
+                limit=limit,
+                progress=observer.done,
+            )
+        except EndError as error:
+            if error.path != counter.path:
+                raise
+            why = f"more than {format_size(free)} of it is data"
+            raise NoRoom(folder, changed, free, why) from error
+
+
+def free_in(folder: Path) -> int | None:
+    """Bytes that this user can still write there; None where that is not told."""
     while not folder.exists():
         folder = folder.parent
     info = os.statvfs(folder)
-    return info.f_bfree * info.f_frsize if info.f_blocks else None
+    blocks = info.f_bavail if os.geteuid() else info.f_bfree
+    return blocks * info.f_frsize if info.f_blocks else None
 
 
 class _Counter(Endpoint):

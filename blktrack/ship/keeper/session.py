@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from blktrack.ship.keeper.wrong import wrong
 from blktrack.ship.pack import TooMuchStaged, resolve
 from blktrack.ship.record import Origin, State
 from blktrack.ship.replica import Replica
-from blktrack.ship.room import NoRoom
+from blktrack.ship.room import FULL, NoRoom, free_in
 from blktrack.ship.stage import Stage
 from blktrack.ship.wire import digests
 from blktrack.ship.wire.channel import Channel
@@ -35,7 +34,6 @@ from blktrack.ship.wire.message import (
 from blktrack.sysfs import BlockDevice, boot_id
 
 _TELL_EVERY = 0.2  # seconds between two words of progress
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Session:
@@ -159,7 +157,12 @@ class Session:
             stage = replica.stage(keep=True, most=self._most_staging)
             self._stage = self._held.enter_context(stage)
         self._data.writes = stage.end
-        return {"id": stage.id}
+        return {"id": stage.id, "folder": str(replica.folder), "free": self._free(replica)}
+
+    def _free(self, replica: Replica) -> int | None:
+        """Bytes that can still be staged."""
+        free, most = free_in(replica.folder), self._most_staging
+        return most if free is None else free if most is None else min(free, most)
 
     @property
     def _most_staging(self) -> int | None:
@@ -178,7 +181,7 @@ class Session:
         try:
             yield
         except EndError as error:
-            if stage is None or replica is None or error.errno not in _FULL:
+            if stage is None or replica is None or error.errno not in FULL:
                 raise
             staged = int(stage.end.index()[:, 1].sum())
             stage.drop()
@@ -205,6 +208,8 @@ class Session:
         index = resolve(stage.end.index())
         extents = extent.union(extent.empty(), index[:, :2])
         if digests.of_extents(extents) != fields.text("extents"):
+            # Its journal was damaged here perhaps: the next connection begins anew.
+            self._drop_stage()
             raise wrong("what it seals is not what was staged")
         with self._room_kept():
             stage.seal(extents, fields.point("point"))

@@ -27,8 +27,11 @@ from blktrack.sysfs import BlockDevice, boot_id
 class FarStage:
     """An increment that is being staged beside a replica elsewhere, where it is kept."""
 
-    def __init__(self, replica: RemoteReplica, id: str) -> None:
+    def __init__(self, replica: RemoteReplica, id: str, folder: str, free: int | None) -> None:
+        """free -- bytes that can still be staged in `folder` of that host; None: nobody knows."""
         self.id = id
+        self.folder = f"{replica.address.name}:{folder}"
+        self.free = free
         self.end = replica.far_end(replica.source.size)
         self._replica = replica
 
@@ -54,7 +57,7 @@ class RemoteReplica:
     """
 
     link: str
-    record: Record | None  # as found
+    record: Record | None  # as found, then as last written
     changed: str
     blank: bool
     can_stage: bool  # whether an increment may lie beside it
@@ -144,7 +147,8 @@ class RemoteReplica:
         """Begin an increment, or go on with the one of this id, if it is there."""
         found = self.ask(Kind.STAGE, {"resume": resume})
         self.stage_id = found.uuid("id")
-        return FarStage(self, self.stage_id)
+        free = found.number("free") if found.has("free") else None
+        return FarStage(self, self.stage_id, found.text("folder"), free)
 
     def apply(
         self,
@@ -161,10 +165,18 @@ class RemoteReplica:
         found = self.ask(Kind.BEGIN, {"state": str(state), "generation": generation})
         self.end = self.far_end(found.number("size"))
         self.stage_id = ""
+        point = self.record.point if self.record and state is State.APPLYING else None
+        self._note(state, generation, point)
 
     def commit(self, point: Point) -> None:
         self.ask(Kind.COMMIT, {"point": asdict(point)}, lasting=True)
         self.changed = ""
+        self._note(State.READY, point.generation, point)
+
+    def _note(self, state: State, generation: str, point: Point | None) -> None:
+        """What its record says by now; the seal is the keeper's."""
+        origin = Origin.of(self.source, generation)
+        self.record = Record(self.link, origin, state, point, Seal(origin.size, "", "", "", ""))
 
     def ask(
         self,
