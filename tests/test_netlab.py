@@ -57,9 +57,10 @@ def test_the_far_side_has_a_place_of_its_own_and_our_sources(net: NetLab, tmp_pa
     assert net.ssh().stdout == f"{TOP}/blktrack/__init__.py\n"
     net.sshd.allow(["printenv", "BLKTRACK_ROOT"])
     assert net.ssh().stdout == f"{net.folder}/far-root\n"
-    with NetLab(far_env={"BLKTRACK_ROOT": "/x y", "MORE": "1"}) as other:
-        other.sshd.allow(["sh", "-c", 'echo "$BLKTRACK_ROOT$MORE"'])
-        assert other.ssh().stdout == "/x y1\n"
+    (tmp_path / ".bashrc").write_text("echo read\n")
+    with NetLab(far_env={"BLKTRACK_ROOT": "/x y", "HOME": str(tmp_path)}) as other:
+        other.sshd.allow(["sh", "-c", 'echo "$BLKTRACK_ROOT, $HOME"'])
+        assert other.ssh().stdout == f"/x y, {tmp_path}\n"
 
 
 def test_both_sides_see_the_mounts_of_the_host(net: NetLab) -> None:
