@@ -206,6 +206,11 @@ def kill(namespace: Path, chosen: Callable[[int], bool] = lambda pid: True) -> N
     wait_until(gone, f"the end of what runs in {namespace}")
 
 
+def runs(pid: int) -> bool:
+    """Not if it has ended, though nobody may have asked why: state Z of proc(5)."""
+    return _stat(pid)[0] not in "0ZX"
+
+
 def parent_of(pid: int) -> int:
     """0 if it has ended."""
     return int(_stat(pid)[1])

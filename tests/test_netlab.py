@@ -154,7 +154,7 @@ def test_nothing_is_left_even_if_the_body_raises() -> None:
         raise ZeroDivisionError
     assert talk.process.returncode is not None  # it was waited for
     assert len(pids) >= 8  # two ssh, three sshd, three of commands
-    wait_until(lambda: not any(map(netns.parent_of, pids)), "the end of what it ran")
+    wait_until(lambda: not any(map(netns.runs, pids)), "the end of what it ran")
     assert netns.leftovers(os.getpid()) == []
 
 
@@ -180,10 +180,10 @@ def test_the_next_lab_tidies_up_after_a_killed_process() -> None:
         pids = [int(word) for word in killed.stdout.readline().split()]
         assert len(pids) >= 4
         netns.sweep()  # it lives
-        assert all(netns.parent_of(pid) for pid in pids)
+        assert all(map(netns.runs, pids))
         killed.kill()
     assert len(netns.leftovers(killed.pid)) == 3
     with NetLab():
         pass
     assert netns.leftovers(killed.pid) == []
-    wait_until(lambda: not any(map(netns.parent_of, pids)), "the end of what it ran")
+    wait_until(lambda: not any(map(netns.runs, pids)), "the end of what it ran")
