@@ -146,6 +146,23 @@ def test_another_increment_drops_the_one_that_was_left(replica: Replica) -> None
     replica.assert_at(8)
 
 
+def test_an_increment_of_a_source_that_has_grown_begins_anew(replica: Replica) -> None:
+    with replica.keeper() as keeper:
+        keeper.send(open_(replica.target), stage(2), write(0, BLOCK), FLUSH)
+        assert keeper.end().code == 0
+    size = SIZE + PAGE
+    with replica.keeper() as keeper:
+        keeper.send(open_(replica.target))
+        id_ = json.loads(keeper.answer(1))["stage"]
+        keeper.send(made.spoken(made.STAGE, 2, {"resume": id_, "size": size}), write(SIZE, BLOCK))
+        keeper.send(seal(3, 8, [(SIZE, PAGE)]), APPLY)
+        end = keeper.end()
+    assert (end.code, end.err) == (0, "")
+    assert end.answers()[1]["id"] != id_
+    replica.image += BLOCK
+    replica.assert_at(8)
+
+
 def test_a_comparison(untouched: Replica) -> None:
     rows = [(0, UNIT), (3 * UNIT + 512, 1000), (SIZE - 1, 1)]
     ours = [bytes(untouched.image[start : start + length]) for start, length in rows]
@@ -468,6 +485,12 @@ def test_restricted(untouched: Replica) -> None:
         assert why in end.failed["message"]
         assert end.failed["hint"]
     assert not list(untouched.folder.glob("incoming*")), "what is too much is dropped"
+    # Nor by a source that has grown since it was opened.
+    for kind, words_ in ((made.BEGIN, {"state": "unfinished", "generation": "g1"}),
+                         (made.STAGE, {"resume": ""}), (made.ROOM, {})):  # fmt: skip
+        grown = made.spoken(kind, 2, {"size": SIZE + 1, **words_})
+        end = jailed.told(open_(untouched.target), grown)
+        assert "may be no larger than 1 MiB" in end.failed["message"]
     untouched.assert_at(7)
 
 

@@ -152,7 +152,12 @@ class Session:
         if not replica.has_point:
             raise wrong("it stages for a replica that is at no point")
         stage = self._stage
-        if stage is None or stage.point is not None or stage.id != fields.text("resume"):
+        if (
+            stage is None
+            or stage.point is not None
+            or stage.id != fields.text("resume")
+            or stage.size != fields.number("size")  # it has grown since
+        ):
             self._drop_stage()
             stage = replica.stage(keep=True, most=self._most_staging)
             self._stage = self._held.enter_context(stage)
