@@ -64,16 +64,21 @@ class Keeper:
     """One process. A context manager: it never outlives the test."""
 
     def __init__(
-        self, root: Path, *options: str, hello: bytes | None = HELLO, deaf: bool = False
+        self,
+        root: Path,
+        *options: str,
+        hello: bytes | None = HELLO,
+        deaf: bool = False,
+        crash: str = "",
     ) -> None:
-        """deaf -- of what it says nothing but its first line is taken."""
+        """deaf -- of what it says nothing but its first line is taken. crash -- where it dies."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "blktrack", "recv", *(options or ("--serve",))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=TOP,
-            env={**os.environ, "BLKTRACK_ROOT": str(root)},
+            env={**os.environ, "BLKTRACK_ROOT": str(root), "BLKTRACK_CRASH": crash},
             bufsize=0,
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
@@ -247,8 +252,8 @@ class Replica:
     image: bytearray = field(default_factory=lambda: bytearray(SIZE))  # what it should hold
     options: tuple[str, ...] = ()
 
-    def keeper(self, *options: str, hello: bytes | None = HELLO) -> Keeper:
-        return Keeper(self.root, *(options or self.options), hello=hello)
+    def keeper(self, *, hello: bytes | None = HELLO, crash: str = "") -> Keeper:
+        return Keeper(self.root, *self.options, hello=hello, crash=crash)
 
     def make(self) -> None:
         """It is at point 7."""

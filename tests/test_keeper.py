@@ -655,6 +655,38 @@ def test_killed_at_any_time(replica: Replica, seed: int) -> None:
         replica.assert_at(7)
 
 
+@pytest.mark.parametrize(
+    ("place", "old"),
+    [
+        ("stage-created", True),
+        ("part-flushed", True),
+        ("part-noted", True),
+        ("serve-flushed", True),
+        ("stage-listed", True),
+        ("stage-sealed", False),
+        ("apply-recorded", False),
+        ("apply-copied", False),
+        ("apply-done", False),
+    ],
+)
+def test_a_death_on_the_way(replica: Replica, place: str, old: bool) -> None:
+    """Before the seal it stays at the old point, from there on it comes to the new one."""
+    with replica.keeper(crash=place) as keeper:
+        keeper.send(*increment(replica.target), APPLY)
+        end = keeper.ended()
+    assert end.code == -signal.SIGKILL
+    assert made.FAILED not in [kind for kind, _, _ in end.said]
+    with replica.keeper() as keeper:
+        keeper.send(open_(replica.target))
+        opened = json.loads(keeper.answer(1))
+        assert keeper.end().code == 0
+    if not old:
+        bring(replica.image)
+    assert opened["record"]["point"] == point(7 if old else 8)
+    assert bool(opened["stage"]) == old, "what was durable waits to be gone on with"
+    replica.assert_at(7 if old else 8)
+
+
 def test_whatever_is_said(replica: Replica, seed: int) -> None:
     """Valid messages in any order, damaged and made up ones: anything but BEGIN and COMMIT."""
     rng = random.Random(seed)
