@@ -330,6 +330,8 @@ class TopLink(Report):
     pending_bytes: int | None  # None: not known
     sync_rate: float | None  # bytes a second of its last sync that shipped anything
     eta_s: float | None  # for what is pending, at that rate
+    route: str = ""  # as in LinkStatus
+    failed: Past | None = None  # why and when its last run did; None: it went well, or gave way
 
 
 @dataclass

@@ -6,7 +6,7 @@ import random
 import sys
 from typing import TypeVar
 
-from blktrack.report import TopDevice, TopLink, TopReport
+from blktrack.report import Past, TopDevice, TopLink, TopReport
 from blktrack.tui import board, look
 from blktrack.tui.app import App
 from blktrack.tui.screen import Screen
@@ -111,12 +111,13 @@ def some(seed: int, count: int = 12) -> list[TopReport]:
         for name in chance.sample(names, chance.randrange(len(names) + 1)):
             links = [
                 link(
-                    f"/backup/{name[5:]}",
+                    chance.choice(["", "ssh://me@vault.example.com:22"]) + f"/backup/{name[5:]}",
                     lag_s=chance.choice([None, 5.0, 4e3, 4e5]),
                     lateness=chance.choice(["", "ok", "late", "broken"]),
                     state=chance.choice(["ready", "initial", "resync", "unfinished"]),
                     reason=chance.choice(["", "the replica was written by others " * 3]),
                     pending_bytes=chance.choice([None, 0, chance.randrange(1 << 42)]),
+                    failed=chance.choice([None, None, Past("no route to host " * 8, NOW - 1e5)]),
                 )
                 for _ in range(chance.randrange(3))
             ]

@@ -240,6 +240,8 @@ TOP_LINK = {
     "pending_bytes": int,
     "sync_rate": number,
     "eta_s": number,
+    "route": "",
+    "failed": None,
 }
 TOP_DEVICE = {
     "device": str,

@@ -20,7 +20,7 @@ from blktrack.units import KIB, MIB
 from tests.background import assert_clear
 from tests.blockdev import Lab
 from tests.farside import pipe
-from tests.schema import LINK_ELSEWHERE, NO_POINT, PAST, faults
+from tests.schema import LINK_ELSEWHERE, NO_POINT, PAST, TOP_LINK, faults
 from tests.test_events import change, filled, identical
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
@@ -195,3 +195,19 @@ def test_a_history_that_cannot_be_read_hides_nothing_else(
     monkeypatch.setattr(history, "latest", unreadable)
     found = status(pair, monkeypatch)
     assert (found["state"], found["last_run"], found["last_error"]) == ("ready", None, None)
+
+
+def test_in_top(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = pair.sync()
+    change(pair.source, MIB)
+    with monkeypatch.context() as patch, pytest.raises(ConnectionFailed):
+        patch.setenv("BLKTRACK_SSH", UNREACHABLE)
+        pair.sync()
+    monkeypatch.setenv("BLKTRACK_SSH", "/nowhere/ssh")
+    words = ("top", pair.source, "--once", "--interval", "0.1", "--json")
+    (found,) = pair.lab.blktrack(*words).json["devices"][0]["links"]
+    assert faults(found, TOP_LINK | {"route": str, "failed": PAST}) == []
+    assert (found["target"], found["point"]) == (pair.target, report.point)
+    assert found["pending_bytes"] == 64 * KIB and found["route"].endswith("dev lo")
+    assert found["eta_s"] == pytest.approx(64 * KIB / found["sync_rate"])
+    assert "No route to host" in found["failed"]["reason"]

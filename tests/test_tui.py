@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from blktrack.report import TopReport
-from blktrack.tui import board, help, look, words
+from blktrack.report import Past, TopReport
+from blktrack.tui import board, help, look, plain, words
 from blktrack.tui.board import View
 from blktrack.tui.keys import Keys
 from blktrack.tui.look import ASCII, UNICODE, Glyphs, Line
@@ -188,6 +188,46 @@ def test_words() -> None:
     ages = [0.4, 59.9, 185.0, 7385.0, 90_000.0]
     assert [words.age(value) for value in ages] == ["0 s", "59 s", "3:05", "2:03:05", "1 d 1 h"]
     assert max(len(words.number(10.0**power)) for power in range(-3, 12)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (45, "ssh://root@vault.example.com:22/srv/b/sdb.img"),
+        (44, "vault.example.com:/srv/b/sdb.img"),
+        (31, "vault:/srv/b/sdb.img"),
+        (19, "vault:…rv/b/sdb.img"),
+        (11, "vault:….img"),
+        (10, "vault"),
+        (4, "vau…"),
+        (0, "…"),
+    ],
+)
+def test_the_host_of_a_replica_is_named(width: int, shown: str) -> None:
+    assert look.name("ssh://root@vault.example.com:22/srv/b/sdb.img", width, "…") == shown
+
+
+@pytest.mark.parametrize(
+    ("target", "shown"),
+    [
+        ("ssh://192.0.2.77/srv/b/sdb.img", "192.0.2.77:…sdb.img"),
+        ("ssh://[2001:db8::7]/srv/b/sdb.img", "2001:db8::7:…db.img"),
+        ("ssh://not an address, but long", "… address, but long"),
+    ],
+)
+def test_a_number_is_told_whole(target: str, shown: str) -> None:
+    assert look.name(target, 19, "…") == shown
+
+
+def test_a_run_that_failed_is_told() -> None:
+    failed = Past("cannot connect to vault: Connection refused", NOW - 60)
+    told = report(device("/dev/sdb", link("ssh://vault/b", failed=failed)))
+    lines = drawn(told, 80)
+    at = time.strftime("%H:%M:%S", time.localtime(NOW - 60))
+    assert f"{UNICODE.late} ready" in row(lines, "ssh://vault/b")
+    assert row(lines, f"failed {at}: cannot connect to vault").startswith("    ")
+    (line,) = [line for line in plain.lines(told) if "ssh://vault" in line]
+    assert line.endswith(f"\n     failed {at}: cannot connect to vault: Connection refused")
 
 
 def test_names_from_outside_cannot_steer_the_terminal() -> None:

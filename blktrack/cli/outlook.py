@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from blktrack import history
-from blktrack.errors import BlktrackError
+from blktrack.errors import BlktrackError, Busy
 from blktrack.policy import Policy, PolicyError, load
 from blktrack.policy.measure import measure
-from blktrack.report import Run, TopDevice, TopLink, TopReport
+from blktrack.report import Past, Run, TopDevice, TopLink, TopReport
 from blktrack.state import Store
 from blktrack.units import MIB
 
@@ -21,6 +23,32 @@ _FALLING = 10.0  # seconds over which the rate of a sync under way is taken
 Stamp = tuple[int, int, int] | None
 
 
+@dataclass
+class _Runs:
+    """What the latest runs of a device tell."""
+
+    moved: list[Run] = field(
+        default_factory=list
+    )  # that shipped or compared anything, newest first
+    failed: dict[history.Key, Past] = field(default_factory=dict)  # links whose last run did
+
+    @classmethod
+    def of(cls, found: list[Run]) -> Self:
+        """Of these, newest first."""
+        last: dict[history.Key, Run] = {}
+        for run in found:
+            if run.exit != Busy.exit_code:
+                last.setdefault(history.key(run.link, run.target), run)
+        return cls(
+            [run for run in found if not run.exit and _moved(run) and run.duration_s],
+            {
+                its: Past(run.error, run.begun + run.duration_s)
+                for its, run in last.items()
+                if run.exit
+            },
+        )
+
+
 class Outlook:
     """Files are read again only when they were written."""
 
@@ -28,7 +56,7 @@ class Outlook:
         self._store, self._file = store, policy
         self._policy: Policy | None = None
         self._stamp: Stamp | tuple[()] = ()
-        self._runs: dict[str, tuple[Stamp, list[Run]]] = {}
+        self._runs: dict[str, tuple[Stamp, _Runs]] = {}
         self._falling: dict[tuple[str, str, str], tuple[float, int]] = {}
         self.problem = ""  # of the policy
 
@@ -44,12 +72,13 @@ class Outlook:
         if self._policy is not None:
             measure(report.devices, self._policy)
         for device in report.devices:
-            runs = self._read(ids[device.device]) if device.device in ids and device.links else []
+            known = device.device in ids and device.links
+            runs = self._read(ids[device.device]) if known else _Runs()
             for link in device.links:
-                self._estimate(report.time, device, link, runs)
+                self._estimate(report.time, device, link, runs.moved)
+                link.failed = runs.failed.get(_key(link))
 
-    def _read(self, device: str) -> list[Run]:
-        """The latest runs that shipped or compared anything, newest first."""
+    def _read(self, device: str) -> _Runs:
         stamp = _stamp(self._store.lib(device) / "history.jsonl")
         known = self._runs.get(device)
         if known is None or known[0] != stamp:
@@ -57,8 +86,7 @@ class Outlook:
                 found = list(itertools.islice(history.newest_first(self._store, device), _RUNS))
             except BlktrackError:  # `blktrack history` says what is wrong with it
                 found = []
-            done = [run for run in found if not run.exit and _moved(run) and run.duration_s]
-            self._runs[device] = known = (stamp, done)
+            self._runs[device] = known = (stamp, _Runs.of(found))
         return known[1]
 
     def _estimate(self, now: float, device: TopDevice, link: TopLink, runs: list[Run]) -> None:

@@ -42,6 +42,7 @@ class LiveLinks:
             pending_bytes=None if pending is None else pending.get(link.id, state.size),
             sync_rate=None,
             eta_s=None,
+            route=link.route,
         )
 
     def _replica(self, link: LinkState) -> tuple[str, str, bool]:

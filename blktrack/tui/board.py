@@ -143,6 +143,7 @@ def _device(device: TopDevice, frame: _Frame, chosen: bool) -> list[Line]:
     for link in device.links:
         lines.append(_link(link, frame))
         lines += _reason(link.reason, frame, _RANK[words.rank_of_link(link)])
+        lines += _reason(words.failure(link, frame.now), frame, look.LATE)
     if device.heat:
         lines.append(_strip(device, frame))
     return lines

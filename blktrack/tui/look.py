@@ -14,6 +14,9 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 
+from blktrack.errors import UsageError
+from blktrack.ship.address import Address, is_remote
+
 Line = list[Segment]
 
 PLAIN = Style()
@@ -28,6 +31,7 @@ BAD = Style(color="red", bold=True)
 TREND = Style(color="cyan")
 HEAT = (FAINT, Style(color="blue"), Style(color="cyan"), Style(color="cyan"), Style(color="yellow"))
 
+_LEAST_PATH = 5  # cells of the path on another host that tell anything
 # Shares from which on a part of a device is drawn darker; anything dirty is drawn.
 _SHADES = (0.0, 0.05, 0.25, 0.75)
 
@@ -75,11 +79,32 @@ def clean(text: str) -> str:
 
 
 def name(path: str, width: int, cut: str) -> str:
-    """A path in at most `width` cells: without /dev if need be, then without its beginning."""
+    """A path in at most `width` cells: without /dev if need be, then without its beginning. Of one
+    on another host, that stays as long as there is room for more."""
+    if is_remote(path) and cell_len(clean(path)) > width:
+        return _elsewhere(path, width, cut)
     text = clean(path)
     if cell_len(text) > width:
         text = text.removeprefix("/dev/")
     return text if cell_len(text) <= width else fit(text, width, cut)
+
+
+def _elsewhere(target: str, width: int, cut: str) -> str:
+    """`vault.example.com:/b/disk.img`, `vault:/b/disk.img`, `vault:…disk.img`, `vau…`."""
+    try:
+        address = Address.parse(target)
+    except UsageError:  # a later version's
+        return fit(clean(target), width, cut)
+    host, path = clean(address.host), clean(address.path)
+    label = host.partition(".")[0]
+    short = host if ":" in host or label.isdigit() else label  # of a number all is told
+    for whole in (f"{host}:{path}", f"{short}:{path}"):
+        if cell_len(whole) <= width:
+            return whole
+    room = width - cell_len(short) - 1
+    if room >= _LEAST_PATH:
+        return f"{short}:{fit(path, room, cut)}"
+    return short if cell_len(short) <= width else set_cell_size(short, max(width - 1, 0)) + cut
 
 
 def fit(text: str, width: int, cut: str, *, right: bool = False) -> str:

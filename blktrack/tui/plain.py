@@ -16,7 +16,7 @@ def lines(report: TopReport) -> list[str]:
     found = ["  ".join([at, words.summary(report), *words.rates(report)])]
     for device in report.devices:
         found.append(_device(device))
-        found += [_link(link) for link in device.links]
+        found += [_link(link, report.time) for link in device.links]
     return found
 
 
@@ -38,7 +38,7 @@ def _device(device: TopDevice) -> str:
     return f"{name}  {', '.join(parts)}"
 
 
-def _link(link: TopLink) -> str:
+def _link(link: TopLink, now: float) -> str:
     text = f"  -> {clean(link.target or f'link {link.name}')}  {link.state}"
     if link.point is not None:
         text += f"  lag {words.age(link.lag_s)}"
@@ -53,4 +53,5 @@ def _link(link: TopLink) -> str:
         text += f", {format_size(link.pending_bytes)} to go"
         if link.eta_s is not None:
             text += f" in {words.age(link.eta_s)}"
-    return f"{text}\n     {clean(link.reason)}" if link.reason else text
+    below = [link.reason, words.failure(link, now)]
+    return "\n     ".join([text, *(clean(part) for part in below if part)])

@@ -68,10 +68,17 @@ def clock(instant: float | None, now: float) -> str:
 
 
 def rank_of_link(link: TopLink) -> int:
-    """How well it stands: its replica, and its lag against what was promised."""
+    """How well it stands: its replica, its lag against what was promised, and its last run."""
     if link.lateness == "broken" or link.state in ("resync", "unfinished"):
         return BAD
-    return LATE if link.lateness == "late" or link.state == "initial" else GOOD
+    late = link.lateness == "late" or link.state == "initial" or link.failed is not None
+    return LATE if late else GOOD
+
+
+def failure(link: TopLink, now: float) -> str:
+    """What became of its last run; "" if nothing bad did."""
+    failed = link.failed
+    return "" if failed is None else f"failed {clock(failed.time, now)}: {failed.reason}"
 
 
 class Verdict(NamedTuple):
