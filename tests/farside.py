@@ -1,4 +1,4 @@
-"""Replicas elsewhere: over pipes, where the keeper stands in for ssh, and over a real ssh."""
+"""Replicas here and elsewhere: over pipes, where the keeper stands in for ssh, and over ssh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.netlab import NetLab
 KEEPER = (sys.executable, "-m", "blktrack", "recv")
 every_way = pytest.mark.parametrize(
     "far",
-    ["pipe", pytest.param("ssh", marks=pytest.mark.needs("netns", "sshd"))],
+    ["here", "pipe", pytest.param("ssh", marks=pytest.mark.needs("netns", "sshd"))],
     indirect=True,
 )
 
@@ -25,16 +25,18 @@ every_way = pytest.mark.parametrize(
 class FarSide:
     """Where replicas are, as a folder here, and how blktrack names them."""
 
+    way: str  # here, pipe or ssh
     folder: Path
-    net: NetLab | None  # None: over pipes
+    net: NetLab | None  # of ssh
 
     def name(self, replica: str = "replica") -> str:
-        path = self.folder / replica
-        return self.net.url(path) if self.net else f"ssh://far{path}"
+        return self.device(str(self.folder / replica))
 
     def device(self, path: str) -> str:
-        """A device of the far host."""
-        return self.net.url(path) if self.net else f"ssh://far{path}"
+        """A device of the far host, or any other path of it."""
+        if self.net:
+            return self.net.url(path)
+        return path if self.way == "here" else f"ssh://far{path}"
 
     def path(self, replica: str = "replica") -> Path:
         return self.folder / replica
@@ -68,11 +70,11 @@ def pipe(folder: Path, words: Sequence[str] = (*KEEPER, "--serve")) -> str:
 
 
 @pytest.fixture
-def far(request: pytest.FixtureRequest, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> FarSide:
-    """By its parameter, pipe or ssh: see every_way."""
+def far(request: pytest.FixtureRequest, shared: Lab, monkeypatch: pytest.MonkeyPatch) -> FarSide:
+    """By its parameter, here, pipe or ssh: see every_way."""
     net: NetLab | None = request.getfixturevalue("net") if request.param == "ssh" else None
-    folder = lab.folder / "elsewhere"
+    folder = shared.folder / "elsewhere"
     (folder / "replicas").mkdir(parents=True)
-    side = FarSide(folder / "replicas", net)
+    side = FarSide(request.param, folder / "replicas", net)
     monkeypatch.setenv("BLKTRACK_SSH", side.serve())
     return side

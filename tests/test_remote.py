@@ -1,5 +1,5 @@
-"""A replica on another host, as an operator meets it: the same as one on this host, and what is
-asked of it first. Each runs over pipes and over a real ssh."""
+"""A replica as an operator meets it, wherever it is: on this host, at the end of two pipes, on
+another host reached by a real ssh."""
 
 from __future__ import annotations
 
@@ -34,162 +34,163 @@ def state_of(path: Path) -> dict[str, bytes]:
     }
 
 
-def test_from_nothing_to_points(lab: Lab, far: FarSide) -> None:
-    device, target = lab.loop(SIZE), far.name()
+def test_from_nothing_to_points(shared: Lab, far: FarSide) -> None:
+    device, target = shared.loop(SIZE), far.name()
     fill(device)
-    lab.track(device)
-    first = lab.blktrack("sync", device, target, "--json").json
+    shared.track(device)
+    first = shared.blktrack("sync", device, target, "--json").json
     assert (first["mode"], first["bytes_changed"]) == ("initial", SIZE)
-    second = lab.blktrack("sync", device, target, "--json").json
+    second = shared.blktrack("sync", device, target, "--json").json
     assert (second["mode"], second["bytes_shipped"], second["rounds"]) == ("nothing", 0, 0)
     change(device, MIB)
-    third = lab.blktrack("sync", device, target, "--json").json
+    third = shared.blktrack("sync", device, target, "--json").json
     assert (third["mode"], third["extents"], third["bytes_shipped"]) == ("incremental", 1, 64 * KIB)
     assert third["consistency"] == "crash"
-    assert 64 * KIB // 8 < third["bytes_wire"] < 96 * KIB
+    least, most = (0, 1) if far.way == "here" else (4 * KIB, 96 * KIB)
+    assert least <= third["bytes_wire"] < most
     assert identical(device, far.path())
     assert [file.name for file in Path(f"{far.path()}.blktrack").iterdir()] == ["replica.json"]
 
 
-def test_zeroes_travel_as_extents(lab: Lab, far: FarSide) -> None:
-    device, target = lab.loop(64 * MIB), far.name()
+def test_zeroes_travel_as_extents(shared: Lab, far: FarSide) -> None:
+    device, target = shared.loop(64 * MIB), far.name()
     fill(device)
-    lab.track(device)
-    lab.blktrack("sync", device, target, "--json").json  # noqa: B018
+    shared.track(device)
+    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
     write_direct(device, 8 * MIB, bytes(48 * MIB))
-    done = lab.blktrack("sync", device, target, "--json").json
+    done = shared.blktrack("sync", device, target, "--json").json
     assert (done["mode"], done["bytes_zeroed"]) == ("incremental", 48 * MIB)
     assert done["bytes_wire"] < 64 * KIB
     assert identical(device, far.path())
 
 
-def test_what_others_wrote_is_found_by_digests(lab: Lab, far: FarSide) -> None:
-    device, target = lab.loop(64 * MIB), far.name()
+def test_what_others_wrote_is_found_by_digests(shared: Lab, far: FarSide) -> None:
+    device, target = shared.loop(64 * MIB), far.name()
     fill(device)
-    lab.track(device)
-    lab.blktrack("sync", device, target, "--json").json  # noqa: B018
+    shared.track(device)
+    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
     with far.path().open("r+b") as file:
         file.seek(5 * MIB)
         file.write(b"x" * 5000)
-    done = lab.blktrack("verify", device, target, "--json")
+    done = shared.blktrack("verify", device, target, "--json")
     assert (done.code, done.json["extents"]) == (5, [[5 * MIB, 8 * KIB]])
-    resync = lab.blktrack("sync", device, target, "--json").json
+    resync = shared.blktrack("sync", device, target, "--json").json
     assert (resync["mode"], resync["bytes_shipped"]) == ("resync", 8 * KIB)
     assert "written to by something else" in resync["reason"]
     assert resync["bytes_wire"] < 256 * KIB
-    assert lab.blktrack("verify", device, target, "--json").json["bytes_different"] == 0
+    assert shared.blktrack("verify", device, target, "--json").json["bytes_different"] == 0
     assert identical(device, far.path())
 
 
-def test_repair_rewrites_what_differs(lab: Lab, far: FarSide) -> None:
-    device, target = lab.loop(SIZE), far.name()
+def test_repair_rewrites_what_differs(shared: Lab, far: FarSide) -> None:
+    device, target = shared.loop(SIZE), far.name()
     fill(device)
-    lab.track(device)
-    lab.blktrack("sync", device, target, "--json").json  # noqa: B018
+    shared.track(device)
+    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
     with far.path().open("r+b") as file:
         file.seek(4096)
         file.write(b"x")
-    done = lab.blktrack("verify", device, target, "--repair", "--json").json
+    done = shared.blktrack("verify", device, target, "--repair", "--json").json
     assert (done["bytes_different"], done["bytes_repaired"]) == (4 * KIB, 4 * KIB)
     assert identical(device, far.path())
 
 
 def test_a_replica_that_was_rolled_back_is_found_before_anything_is_sent(
-    lab: Lab, far: FarSide
+    shared: Lab, far: FarSide
 ) -> None:
-    device, target, old = lab.loop(SIZE), far.name(), lab.name("old")
+    device, target, old = shared.loop(SIZE), far.name(), shared.name("old")
     fill(device)
-    lab.track(device)
-    lab.blktrack("sync", device, target, "--json").json  # noqa: B018
+    shared.track(device)
+    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
     shutil.copytree(far.folder, old)
     change(device, MIB)
-    lab.blktrack("sync", device, target, "--json").json  # noqa: B018
+    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
     shutil.rmtree(far.folder)
     shutil.copytree(old, far.folder)
     change(device, 2 * MIB)
-    refused = lab.blktrack("sync", device, target, "--no-resync")
+    refused = shared.blktrack("sync", device, target, "--no-resync")
     assert refused.code == 3
-    done = lab.blktrack("sync", device, target, "--json").json
+    done = shared.blktrack("sync", device, target, "--json").json
     assert done["mode"] == "resync"
     assert identical(device, far.path())
 
 
-def test_a_replica_of_another_source_is_refused_and_untouched(lab: Lab, far: FarSide) -> None:
-    one, other, target = lab.loop(SIZE), lab.loop(SIZE), far.name()
+def test_a_replica_of_another_source_is_refused_and_untouched(shared: Lab, far: FarSide) -> None:
+    one, other, target = shared.loop(SIZE), shared.loop(SIZE), far.name()
     for device in (one, other):
         fill(device)
-        lab.track(device)
-    lab.blktrack("sync", one, target, "--json").json  # noqa: B018
+        shared.track(device)
+    shared.blktrack("sync", one, target, "--json").json  # noqa: B018
     before = state_of(far.folder)
-    done = lab.blktrack("sync", other, target)
+    done = shared.blktrack("sync", other, target)
     assert done.code == 1
     assert f"is a replica of {one}" in done.err
     (far.path("stranger")).write_bytes(b"data of somebody")
-    done = lab.blktrack("sync", other, far.name("stranger"))
+    done = shared.blktrack("sync", other, far.name("stranger"))
     assert (done.code, "is a file with data in it" in done.err) == (1, True)
     far.path("stranger").unlink()
     assert state_of(far.folder) == before
-    done = lab.blktrack("sync", other, target, "--force", "--json")
+    done = shared.blktrack("sync", other, target, "--force", "--json")
     assert done.json["mode"] == "initial"
     assert identical(other, far.path())
 
 
-def test_the_source_itself_is_no_replica_by_way_of_another_host(lab: Lab, far: FarSide) -> None:
-    device = lab.loop(SIZE)
+def test_the_source_itself_is_no_replica_by_way_of_another_host(shared: Lab, far: FarSide) -> None:
+    device = shared.loop(SIZE)
     fill(device)
-    lab.track(device)
-    done = lab.blktrack("sync", device, far.device(device), "--force")
+    shared.track(device)
+    done = shared.blktrack("sync", device, far.device(device), "--force")
     assert (done.code, "is the source itself" in done.err) == (1, True)
 
 
-def test_a_device_as_replica(lab: Lab, far: FarSide) -> None:
-    device, replica = lab.loop(SIZE), lab.loop(SIZE, sector=512)
+def test_a_device_as_replica(shared: Lab, far: FarSide) -> None:
+    device, replica = shared.loop(SIZE), shared.loop(SIZE, sector=512)
     target = far.device(replica)
     fill(device)
-    lab.track(device)
-    assert lab.blktrack("sync", device, target, "--json").json["mode"] == "initial"
+    shared.track(device)
+    assert shared.blktrack("sync", device, target, "--json").json["mode"] == "initial"
     change(device, MIB, 512)
-    done = lab.blktrack("sync", device, target, "--json").json
+    done = shared.blktrack("sync", device, target, "--json").json
     assert (done["mode"], done["bytes_shipped"]) == ("incremental", 4 * KIB)
     assert identical(device, replica)
-    large = lab.loop(SIZE + MIB)
-    lab.track(large)
-    done = lab.blktrack("sync", large, target, "--force")
+    large = shared.loop(SIZE + MIB)
+    shared.track(large)
+    done = shared.blktrack("sync", large, target, "--force")
     assert (done.code, "is too small" in done.err) == (1, True)
 
 
-def test_a_source_that_grows(lab: Lab, far: FarSide) -> None:
-    file = lab.name("disk")
-    device, target = lab.loop(SIZE, file=file), far.name()
+def test_a_source_that_grows(shared: Lab, far: FarSide) -> None:
+    file = shared.name("disk")
+    device, target = shared.loop(SIZE, file=file), far.name()
     fill(device)
-    lab.track(device)
-    lab.blktrack("sync", device, target, "--json").json  # noqa: B018
+    shared.track(device)
+    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
     resize(device, file, SIZE + 4 * MIB)
     change(device, SIZE + MIB)
-    done = lab.blktrack("sync", device, target, "--json").json
+    done = shared.blktrack("sync", device, target, "--json").json
     assert done["mode"] == "incremental"
     assert far.path().stat().st_size == SIZE + 4 * MIB
     assert identical(device, far.path())
 
 
-def test_a_point_under_writes(lab: Lab, far: FarSide) -> None:
-    device, target = lab.loop(64 * MIB), far.name()
+def test_a_point_under_writes(shared: Lab, far: FarSide) -> None:
+    device, target = shared.loop(64 * MIB), far.name()
     fill(device)
-    lab.track(device)
+    shared.track(device)
     with repeating(lambda: change(device, 32 * MIB, 4 * KIB)):
-        lab.blktrack("sync", device, target, "--consistency", "none", "--json").json  # noqa: B018
-        lab.blktrack("sync", device, target, "--consistency", "none", "--json").json  # noqa: B018
-    done = lab.blktrack("sync", device, target, "--json").json
+        shared.blktrack("sync", device, target, "--consistency", "none", "--json").json  # noqa: B018
+        shared.blktrack("sync", device, target, "--consistency", "none", "--json").json  # noqa: B018
+    done = shared.blktrack("sync", device, target, "--json").json
     assert (done["mode"], done["consistency"]) == ("incremental", "crash")
     assert identical(device, far.path())
 
 
-def test_an_increment_in_place(lab: Lab, far: FarSide) -> None:
-    device, target = lab.loop(SIZE), far.name()
+def test_an_increment_in_place(shared: Lab, far: FarSide) -> None:
+    device, target = shared.loop(SIZE), far.name()
     fill(device)
-    lab.track(device)
-    lab.blktrack("sync", device, target, "--json").json  # noqa: B018
+    shared.track(device)
+    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
     change(device, MIB)
-    done = lab.blktrack("sync", device, target, "--in-place", "--json").json
+    done = shared.blktrack("sync", device, target, "--in-place", "--json").json
     assert (done["mode"], done["bytes_shipped"]) == ("incremental", 64 * KIB)
     assert identical(device, far.path())

@@ -109,9 +109,11 @@ def diagnose(host: str, ssh: str, code: int | None, said: str, *, up: bool) -> C
             code=code,
         )
     what, cause = _cause(lines, code)
+    goes_on = "; the next run goes on with what is there" if up else ""
     return ConnectionFailed(
         f"the connection to {host} was lost: {what}" if up else f"cannot connect to {host}: {what}",
-        hint=cause.hint.format(ssh=ssh),
+        hint=cause.hint.format(ssh=ssh)
+        + ("; the next run goes on with what is there" if up else ""),
         retriable=cause.retriable,
         code=code,
     )
