@@ -112,8 +112,7 @@ def diagnose(host: str, ssh: str, code: int | None, said: str, *, up: bool) -> C
     goes_on = "; the next run goes on with what is there" if up else ""
     return ConnectionFailed(
         f"the connection to {host} was lost: {what}" if up else f"cannot connect to {host}: {what}",
-        hint=cause.hint.format(ssh=ssh)
-        + ("; the next run goes on with what is there" if up else ""),
+        hint=cause.hint.format(ssh=ssh) + goes_on,
         retriable=cause.retriable,
         code=code,
     )
