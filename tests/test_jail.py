@@ -22,7 +22,7 @@ from blktrack.ship.remote.wire import Wire
 from blktrack.ship.wire import digests
 from blktrack.ship.wire.message import Kind
 from blktrack.units import MIB
-from tests.farside import pipe
+from tests.farside import KEEPER, pipe
 from tests.jails import FILL, SIZE, Grounds, full, increment
 from tests.loopdev import Disks
 
@@ -291,9 +291,8 @@ class Asked:
     """A keeper in the jail, asked over the wire whatever a client may think of."""
 
     def __init__(self, grounds: Grounds, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-        scratch = grounds.top.parent
-        words = ("--restrict", str(grounds.folder), *options)
-        monkeypatch.setenv("BLKTRACK_SSH", pipe(scratch, *words))
+        words = (*KEEPER, "--restrict", str(grounds.folder), *options)
+        monkeypatch.setenv("BLKTRACK_SSH", pipe(grounds.top.parent, words))
         self.address = Address.parse(f"ssh://far{grounds.folder}/x.img")
 
     def link(self) -> Link:
