@@ -61,7 +61,6 @@ class RemoteReplica:
     changed: str
     blank: bool
     can_stage: bool  # whether an increment may lie beside it
-    stage_id: str  # of what an earlier connection staged for the next point; "" if there is none
     end: FarEnd
 
     def __init__(self, link: Link, source: BlockDevice) -> None:
@@ -72,6 +71,7 @@ class RemoteReplica:
         self._wire = link.wire
         self._key = os.urandom(digests.KEY_SIZE)
         self._held = contextlib.ExitStack()
+        self._stage, self._stage_size = "", 0  # what is staged there, and for how large a source
         self.writes: list[Path] = []  # on this host, if the keeper is on it too
 
     @classmethod
@@ -92,11 +92,12 @@ class RemoteReplica:
             observer.phase(ASKING if wire.interactive else f"connecting to {address.name}", 0)
             replica = cls(held.enter_context(Link(address, wire, stop)), source)
             observer.phase(f"waiting for {address.name}", 0)
+            origin = Origin.of(source, "")
             found = replica._link.client.request(
                 Kind.OPEN,
                 {
                     "target": address.path,
-                    "source": asdict(Origin.of(source, "")) | {"host": host_id()},
+                    "source": asdict(origin) | {"host": host_id()},
                     "link": link,
                     "force": force,
                     "writable": writable,
@@ -108,6 +109,7 @@ class RemoteReplica:
                 observer=observer,
             )
             replica._take(found, writable=writable)
+            replica._stage_size = origin.size
             replica._held = held.pop_all()
         return replica
 
@@ -120,13 +122,19 @@ class RemoteReplica:
         self.changed = found.text("changed")
         self.blank = found.flag("blank")
         self.can_stage = found.flag("stages")
-        self.stage_id = found.text("stage")
+        self._stage = found.text("stage")
         if found.text("boot") == boot_id():
             paths = found.get("writes")
             self.writes = [Path(str(path)) for path in paths] if isinstance(paths, list) else []
 
     def far_end(self, size: int) -> FarEnd:
         return FarEnd(self.name, size, self._link.client, self._key, self._wire)
+
+    @property
+    def stage_id(self) -> str:
+        """Of what is staged for the next point and can be gone on with; "" if nothing is. A stage
+        is for a source of one size."""
+        return self._stage if self._stage_size == self.source.size else ""
 
     @property
     def has_point(self) -> bool:
@@ -145,10 +153,13 @@ class RemoteReplica:
 
     def stage(self, resume: str) -> FarStage:
         """Begin an increment, or go on with the one of this id, if it is there."""
-        found = self.ask(Kind.STAGE, {"resume": resume})
-        self.stage_id = found.uuid("id")
+        size = self.source.size
+        found = self.ask(Kind.STAGE, {"resume": resume, "size": size})
+        self._stage = found.uuid("id")
+        if self._stage != resume:
+            self._stage_size = size
         free = found.number("free") if found.has("free") else None
-        return FarStage(self, self.stage_id, found.text("folder"), free)
+        return FarStage(self, self._stage, found.text("folder"), free)
 
     def apply(
         self,
@@ -159,12 +170,12 @@ class RemoteReplica:
         """Bring the replica to the point of a sealed stage. Once asked for it goes on there,
         whatever becomes of this run."""
         self.ask(Kind.APPLY, {}, observer=_Progress(progress), lasting=True)
-        self.stage_id = ""
+        self._stage = ""
 
     def begin(self, state: State, generation: str) -> None:
         found = self.ask(Kind.BEGIN, {"state": str(state), "generation": generation})
         self.end = self.far_end(found.number("size"))
-        self.stage_id = ""
+        self._stage = ""
         point = self.record.point if self.record and state is State.APPLYING else None
         self._note(state, generation, point)
 
@@ -187,7 +198,7 @@ class RemoteReplica:
         lasting: bool = False,
     ) -> Fields:
         """Of the keeper, which is told how large the source is by now."""
-        value["size"] = self.source.size
+        value.setdefault("size", self.source.size)
         return self._link.client.request(kind, value, observer=observer, lasting=lasting)
 
     def close(self) -> None:
