@@ -373,6 +373,7 @@ def test_wrong_after_a_seal(replica: Replica) -> None:
     for last, why in (
         (write(1, b"x"), "it writes before it has begun"),
         (seal(4, 9, [(0, 1)]), "it seals no stage"),
+        *[(one, "without what it has sealed") for one in (begin(4), stage(4), commit(4, 10))],
     ):
         end = replica.told(
             open_(replica.target), stage(2), write(0, b"x"), seal(3, 9, [(0, 1)]), last

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import struct
 import tracemalloc
 from collections.abc import Sequence
@@ -14,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blktrack.ship.delta.format import Codec
+from blktrack.ship.wire import digests, hello
 from blktrack.ship.wire import message as wire
 from blktrack.ship.wire.message import HEAD, Kind, Malformed, Message, Reader, pack, pack_json
 from tests import handmade as made
+from tests.blockdev import TOP
 from tests.deltas import zstd_rle
 from tests.handmade import MOST_DATA, MOST_JSON, MOST_ROWS
 from tests.second_reader import xxh64
@@ -121,6 +125,48 @@ def test_numbers_of_the_format() -> None:
     }
     assert struct.calcsize(made.HEAD) == made.HEAD_SIZE == HEAD.size
     assert (wire.MAX_DATA, wire.MAX_JSON, wire.MAX_ROWS) == (MOST_DATA, MOST_JSON, MOST_ROWS)
+
+
+PAGE = (TOP / "docs/wire.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_page() -> None:
+    rows = re.findall(r"^    ([0-9a-f]{8})  ((?:[0-9a-f]{2} ?){1,16})(?:  |$)", PAGE, re.MULTILINE)
+    ends = [index for index, (at, _) in enumerate(rows) if at == "00000000"]
+    sent, answered = (
+        b"".join(bytes.fromhex(row) for _, row in rows[begin:end])
+        for begin, end in itertools.pairwise([*ends, len(rows)])
+    )
+    reader = Reader(Feed(sent))
+    got = [reader.next() for _ in range(3)]
+    assert [(one.kind, one.request, bytes(one.data), one.rows.tolist()) for one in got] == [
+        (Kind.WRITE, 0, b"blktrack", [[4096, 8]]),
+        (Kind.ZERO, 0, b"", [[8192, 4096]]),
+        (Kind.FLUSH, 3, b'{"size":20000}', []),
+    ]
+    assert sent[56:][0] == Kind.ZERO and sent[104:][0] == Kind.FLUSH
+    assert answered == joined(pack_json(Kind.DONE, 3, {}))
+    with pytest.raises(End):
+        reader.next()
+
+
+def test_the_kinds_and_limits_of_the_page() -> None:
+    kinds = re.findall(
+        r"^\| (\d+) \| ([A-Z]+) \| (source|keeper) \| (–|yes) \|", PAGE, re.MULTILINE
+    )
+    assert {name: int(number) for number, name, _, _ in kinds} == dict(Kind.__members__)
+    for number, name, side, extents in kinds:
+        assert (side == "source") == (int(number) < 64)
+        assert (extents == "yes") == (name in ("WRITE", "ZERO", "COMPARE"))
+    for line in (
+        f"| JSON | {MOST_JSON} bytes |",
+        f"| digests; `length` of WRITE | {MOST_DATA} bytes |",
+        f"how many: 0 to {MOST_ROWS} |",
+        f"seconds, {hello.LEAST_PATIENCE:g} to {hello.MOST_PATIENCE:g}, after which",
+        f"taken for dead; {hello.PATIENCE:g} if missing |",
+        f"at the multiples of {digests.UNIT} into",
+    ):
+        assert line in PAGE, line
 
 
 def test_the_largest() -> None:

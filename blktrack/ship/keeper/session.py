@@ -90,7 +90,7 @@ class Session:
         if not fields.flag("writable"):
             finish(target, self._paths, observer=self)
             self._data.reads = end = self._held.enter_context(open_end(target))
-            return {"size": end.size, "align": end.align, **_here()}
+            return {"size": end.size, **_here()}
         near = _near(fields)
         replica = self._replica = self._held.enter_context(
             Replica.open(
@@ -154,7 +154,6 @@ class Session:
         stage = self._stage
         if (
             stage is None
-            or stage.point is not None
             or stage.id != fields.text("resume")
             or stage.size != fields.number("size")  # it has grown since
         ):
@@ -241,6 +240,8 @@ class Session:
         """The replica, told how large its source is by now."""
         if self._replica is None:
             raise wrong("it has opened no replica")
+        if self._stage is not None and self._stage.point is not None:
+            raise wrong("it goes on without what it has sealed")  # which is as good as applied
         size = fields.number("size", 1)
         if self._jail is not None:
             self._jail.check_size(self._replica.target.path, size)
