@@ -170,6 +170,8 @@ def test_failures_and_doubts(shared: Lab) -> None:
     assert value(found, "link_failures_in_a_row", target=str(replica)) == 2
     assert value(found, "link_last_run_exit_code", target=str(replica)) == 3
     success = value(found, "link_last_success_timestamp_seconds", target=str(replica))
+    failed = value(found, "link_last_failure_timestamp_seconds", target=str(replica))
+    assert failed == value(found, "link_last_run_timestamp_seconds", target=str(replica))
     assert success and success < (
         value(found, "link_last_run_timestamp_seconds", target=str(replica)) or 0
     )

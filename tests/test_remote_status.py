@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from blktrack import crash, history
+from blktrack import crash, history, metrics
 from blktrack.errors import BlktrackError
 from blktrack.observer import NOBODY
 from blktrack.options import Options
@@ -22,6 +22,7 @@ from tests.blockdev import Lab
 from tests.farside import pipe
 from tests.schema import LINK_ELSEWHERE, NO_POINT, PAST, TOP_LINK, faults
 from tests.test_events import change, filled, identical
+from tests.test_metrics import samples, value
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 
@@ -43,6 +44,12 @@ class Pair:
     def sync(self, *, retry_for: float = 0.0, **asked: Any) -> SyncReport:
         options = Options(consistency="none", retry_for=retry_for, **asked)
         return sync(self.lab.store, self.source, self.target, options, NOBODY)[0]
+
+    @property
+    def number(self) -> str:
+        """Of the device."""
+        states = self.lab.store.devices()
+        return next(state.id for state in states if state.path == self.source)
 
     def fails_at(self, place: str, **asked: Any) -> None:
         """A sync that gets no further than to this crash point."""
@@ -162,8 +169,7 @@ def test_few_lines_of_a_long_history_are_parsed(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair.sync()
-    (number,) = (state.id for state in pair.lab.store.devices() if state.path == pair.source)
-    path = pair.lab.store.lib(number) / "history.jsonl"
+    path = pair.lab.store.lib(pair.number) / "history.jsonl"
     line = path.read_text(encoding="ascii")
     with path.open("a", encoding="ascii") as file:
         file.write(line.replace("replica.img", "other.img") * 2000)
@@ -211,3 +217,21 @@ def test_in_top(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["pending_bytes"] == 64 * KIB and found["route"].endswith("dev lo")
     assert found["eta_s"] == pytest.approx(64 * KIB / found["sync_rate"])
     assert "No route to host" in found["failed"]["reason"]
+
+
+def test_in_metrics(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.sync()
+    change(pair.source, MIB)
+    pair.fails_at("sealing-recorded")
+    monkeypatch.setenv("BLKTRACK_SSH", "/nowhere/ssh")
+    found = samples(metrics.collect(pair.lab.store).text.decode())
+
+    def of_link(name: str, **more: str) -> float | None:
+        return value(found, f"link_{name}", device=pair.source, target=pair.target, **more)
+
+    assert of_link("state", state="ready") == 1
+    assert of_link("pending_bytes") == of_link("held_bytes") == 64 * KIB
+    assert of_link("last_failure_timestamp_seconds") == of_link("last_run_timestamp_seconds")
+    runs = history.read(pair.lab.store, pair.number).runs
+    assert of_link("wire_bytes_total") == sum(run.bytes_wire for run in runs)
+    assert all(run.bytes_wire for run in runs) and runs[-1].exit == 1

@@ -49,9 +49,11 @@ def add_links(
 ) -> list[str]:
     """Warnings, of what could not be had."""
     known = {link.name: link for link in store.links(state.id)}
-    warnings, runs = [], {}
+    keys = {history.key(x.name, x.target) for x in links}
+    warnings, runs, failures = [], {}, {}
     try:
-        runs = history.latest(store, state.id, {history.key(x.name, x.target) for x in links})
+        runs = history.latest(store, state.id, keys)
+        failures = history.latest(store, state.id, keys, failed=True)
     except BlktrackError as error:
         warnings.append(str(error))
     for link in links:
@@ -61,8 +63,11 @@ def add_links(
         if link.name in known:
             lock = store.link_lock(state.id, known[link.name].id)
             out.add("link_in_progress", is_held(lock), labels)
-        if run := runs.get(history.key(link.name, link.target)):
+        if run := runs.get(its := history.key(link.name, link.target)):
             _add_run(out, run, labels)
+        if bad := failures.get(its):
+            ended = bad.begun + bad.duration_s
+            out.add("link_last_failure_timestamp_seconds", ended, labels)
     return warnings
 
 
@@ -82,6 +87,7 @@ def _add_status(out: Exposition, link: LinkStatus, labels: Labels) -> None:
     out.add("link_lag_seconds", link.lag_s, labels)
     out.add("link_point_timestamp_seconds", link.point, labels)
     out.add("link_pending_bytes", link.pending_bytes, labels)
+    out.add("link_held_bytes", link.held_bytes, labels)
 
 
 def _add_promise(out: Exposition, link: LinkPolicy | None, labels: Labels) -> None:

@@ -32,10 +32,12 @@ _GAUGES = {
     "link_rpo_warning_seconds": "Age from which on the replica is late.",
     "link_rpo_error_seconds": "Age from which on the promise is broken.",
     "link_pending_bytes": "What the next sync has to look at.",
+    "link_held_bytes": "Of these, what is durable on the other host already.",
     "link_last_run_timestamp_seconds": "When the last run ended, however it did.",
     "link_last_run_duration_seconds": "How long the last run took.",
     "link_last_run_exit_code": "Exit code of the last run: 0 done, 4 no point, 6 busy.",
     "link_last_success_timestamp_seconds": "When the last run that reached a point ended.",
+    "link_last_failure_timestamp_seconds": "When the last run that failed ended.",
     "link_last_freeze_seconds": "How long the last run that reached a point froze file systems.",
     "link_failures_in_a_row": "Runs that failed since the last success.",
 }
@@ -56,7 +58,7 @@ _COUNTERS = {
     "link_changed_bytes_total": "Bytes in the extents that had to be looked at.",
     "link_shipped_bytes_total": "Bytes written to the replica.",
     "link_zeroed_bytes_total": "Bytes made zero on the replica without data.",
-    "link_wire_bytes_total": "Bytes of streams.",
+    "link_wire_bytes_total": "Bytes of streams, and to and from other hosts.",
     "link_freeze_seconds_total": "Time for which file systems were frozen.",
 }
 PREFIX = "blktrack_"
