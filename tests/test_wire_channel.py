@@ -317,15 +317,21 @@ def test_a_writer_is_released_where_it_fails(ends: Ends) -> None:
     channel.close()
 
 
-def test_beats_end_without_a_word(ends: Ends, capfd: pytest.CaptureFixture[str]) -> None:
-    channel = ends.near(patience=PATIENCE)
+def test_beats_end_without_a_word(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for the pipe meets why the channel failed, and has nobody to tell it to."""
+    escaped: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", escaped.append)
+    channel = ends.near(patience=PATIENCE / 2)
+    begun = time.monotonic()
     channel.beat(Kind.PING)
+    (beat,) = (one for one in threading.enumerate() if one.name == "beat" and one.is_alive())
     with beside(fill_pipe(channel)):
         until(is_full(ends.far_in), "the pipe never was full")
-        waiting = threading.active_count()
+        until(lambda: time.monotonic() > begun + PATIENCE, "time stands still")
         channel.fail(Refused("because"))
-    until(lambda: threading.active_count() <= waiting - 2, "a thread goes on")
-    assert capfd.readouterr().err == ""
+    beat.join(DEADLINE)
+    assert not beat.is_alive()
+    assert escaped == []
 
 
 def test_who_closes_does_not_wait_for_who_takes_nothing(
