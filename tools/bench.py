@@ -7,6 +7,7 @@ not.
   tools/bench.py                  everything, to the terminal and to bench.json
   tools/bench.py fio cost         only these
   tools/bench.py --quick sync     fewer and shorter runs
+  tools/bench.py remote           all figures of a replica on another host
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from rich.table import Table
 import blktrack
 from blktrack.errors import BlktrackError
 from blktrack.units import format_duration
-from tools.benchmark import cost, load, points, replicate, scale, staged, watch
+from tools.benchmark import cost, load, points, remote, replicate, scale, staged, watch
 from tools.benchmark.figure import Figure
 from tools.benchmark.lab import Failed, Lab
 
-GROUPS: list[ModuleType] = [load, cost, replicate, scale, points, staged, watch]
+GROUPS: list[ModuleType] = [load, cost, replicate, scale, points, staged, watch, remote]
 NAMES = [name for group in GROUPS for name in group.NAMES]
+WHOLE = {"remote": set(remote.NAMES)}  # what stands for several of them
 console = Console(highlight=False)
 
 
@@ -52,6 +54,7 @@ def arguments() -> argparse.Namespace:
         "--disk", type=Path, default="/var/tmp", help="for what must survive (default: %(default)s)"
     )
     args = parser.parse_args()
+    args.names = {name for word in args.names for name in WHOLE.get(word, {word})}
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"no figure {', '.join(sorted(unknown))}: there are {', '.join(NAMES)}")
     return args

@@ -91,8 +91,6 @@ def timed(*command: str) -> Run:
     """Run a command as its user would; `seconds` from its start to its exit, `peak_bytes`."""
     launch = [sys.executable, "-I", "-S", str(HERE / "launch.py")]
     done: Run = json.loads(run(*launch, *command))
-    if done["exit"]:
-        raise Failed(f"{' '.join(command)}: exit {done['exit']}")
     return done
 
 

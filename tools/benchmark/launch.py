@@ -1,7 +1,8 @@
 """Runs a command and prints its time and peak memory as JSON: launch.py COMMAND...
 
 A small process of its own, because Linux starts a child's peak memory at that of the process it was
-forked from. What the command prints goes to standard error. Needs nothing but Python.
+forked from. What the command prints goes to standard error, its exit code is this one's. Needs
+nothing but Python.
 """
 
 import json
@@ -20,7 +21,8 @@ print(
             "seconds": time.monotonic() - begin,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
             "peak_bytes": usage.ru_maxrss * 1024,
-            "exit": os.waitstatus_to_exitcode(status),
         }
     )
 )
+code = os.waitstatus_to_exitcode(status)
+sys.exit(code if code >= 0 else 128 - code)

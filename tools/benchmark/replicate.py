@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from blktrack.extent import total
 from blktrack.units import GIB, KIB, MIB
 from tools.benchmark.figure import Figure, Run, medians
 from tools.benchmark.lab import BLKTRACK, BLOCK, HERE, Disk, Failed, Lab, blktrack, run, same, timed
 
+Way = TypeVar("Way")
 NAMES = ("initial", "sync", "memory", "copy", "resync")
 SIZE = 4 * GIB
 BLOCKS = SIZE // 100 // BLOCK  # 1 %
@@ -62,7 +64,7 @@ def _initial(source: Disk, replica: Disk, *, rounds: int) -> Figure:
     return figure
 
 
-def order(names: list[str], number: int) -> list[str]:
+def order(names: Sequence[Way], number: int) -> Sequence[Way]:
     """A B, then B A, then A B …"""
     return names if number % 2 == 0 else names[::-1]
 
