@@ -27,6 +27,7 @@ from blktrack.ship.wire.channel import Channel
 from blktrack.ship.wire.errors import ConnectionLost, NoKeeper, ProtocolError
 from blktrack.ship.wire.message import Kind, Message, pack
 from tests import handmade as made
+from tests.farside import pipe
 from tests.test_wire_channel import beside, is_full, until
 
 KEY = bytes(32)
@@ -328,3 +329,32 @@ def test_connecting_is_given_up_where_the_run_ends(
         stop.set()
         error = ended()
     assert isinstance(error, ConnectionLost) and "it was given up" in str(error)
+
+
+def test_connections_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file and no thread, whether they came to something or not."""
+
+    def left() -> tuple[int, list[str]]:
+        names = [one.name for one in threading.enumerate()]
+        return len(os.listdir("/proc/self/fd")), [name for name in names if name in _THREADS]
+
+    def connect() -> None:
+        stand_in(tmp_path, monkeypatch, "exit 255")
+        with pytest.raises(ConnectionFailed):
+            link()
+        monkeypatch.setenv("BLKTRACK_SSH", pipe(tmp_path))
+        with link() as found, pytest.raises(BlktrackError, match="it flushes before"):
+            found.client.request(Kind.FLUSH, {})
+        with link() as found, pytest.raises(BlktrackError, match="it seals no stage"):
+            found.client.request(Kind.SEAL, {})
+
+    connect()
+    until(lambda: not left()[1], "a thread goes on")
+    before = left()
+    for _ in range(3):
+        connect()
+    until(lambda: not left()[1], "a thread goes on")
+    assert left() == before
+
+
+_THREADS = ("beat", "answers", "ssh-stderr")
