@@ -17,13 +17,17 @@ from blktrack.bpf.compile import import_bcc
 from blktrack.config import Paths
 from blktrack.errors import BlktrackError
 from blktrack.report import Check, DoctorReport
+from blktrack.ship import ssh
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _OLDEST = (5, 14)
 
 
-def examine(paths: Paths) -> DoctorReport:
-    """All checks, in the order in which one depends on another."""
+def examine(paths: Paths, *, elsewhere: bool = False) -> DoctorReport:
+    """All checks, in the order in which one depends on another.
+
+    elsewhere -- there are replicas on other hosts.
+    """
     checks = [
         _root(),
         _kernel(),
@@ -35,6 +39,7 @@ def examine(paths: Paths) -> DoctorReport:
         _programs(),
         _blkid(),
         _state(paths),
+        *([_ssh()] if elsewhere else []),
     ]
     return DoctorReport(
         ok=all(check.ok for check in checks), kernel=platform.release(), checks=checks
@@ -145,6 +150,15 @@ def _blkid() -> Check:
         found is not None,
         found or "blkid is not installed; it tells what a target holds",
         "" if found else "apt-get install util-linux",
+    )
+
+
+def _ssh() -> Check:
+    return _try(
+        "ssh",
+        "replicas on other hosts are reached by it",
+        ssh.check,
+        "apt-get install openssh-client",
     )
 
 

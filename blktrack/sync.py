@@ -12,7 +12,6 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 
 from blktrack import extent, history
 from blktrack.durable import lock
@@ -22,7 +21,7 @@ from blktrack.options import Options
 from blktrack.replication import LocalReplication, RemoteReplication, Replication
 from blktrack.report import SyncReport
 from blktrack.round import Plan, Shipped
-from blktrack.ship.address import Address, is_remote
+from blktrack.ship.address import Address, is_remote, short_name
 from blktrack.ship.apply import ApplyStopped
 from blktrack.ship.diagnosis import ConnectionFailed
 from blktrack.ship.remote import RemoteReplica, Wire
@@ -196,7 +195,7 @@ class _Run:
         return next((link for link in links if link.target == self.target), None)
 
     def _new_link(self, replica: Replica | RemoteReplica) -> LinkState:
-        base = name = Path(self.target).name
+        base = name = short_name(self.target)
         taken = {link.name for link in self.store.links(self.number)}
         number_of = count(2)
         while name in taken:

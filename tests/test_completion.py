@@ -141,7 +141,8 @@ def _remember(root: Path, number: str, path: str, link: str) -> None:
 
     store = Store(Paths.below(root))
     store.save_device(DeviceState(number, path, f"serial {number}"))
-    store.save_link(number, LinkState(f"link-{number}", link, "/nowhere"))
+    target = f"ssh://me@vault:22/b/{number}.img" if number == "one" else "/nowhere"
+    store.save_link(number, LinkState(f"link-{number}", link, target))
 
 
 def test_the_state_has_what_the_shells_look_for(tmp_path: Path) -> None:
@@ -211,6 +212,24 @@ def test_a_target_is_a_file_too(shell: Bash | Zsh) -> None:
     assert shell.offers("blktrack recv repl") == ["replica.img"]
     offered = shell.offers("blktrack sync /dev/blktrack-first ")
     assert {"replica.img", "backups"} <= {name.rstrip("/") for name in offered}
+
+
+FAR = "ssh://me@vault:22/b/one.img"
+
+
+def test_a_replica_on_another_host(shell: Bash | Zsh) -> None:
+    """Of it is known what links have; and what follows it is found behind its colons."""
+    for line in ("sync /dev/blktrack-first ", "history /dev/blktrack-first --target "):
+        offered = {name.rstrip("/") for name in shell.offers(f"blktrack {line}")}
+        assert {FAR, "replica.img"} <= offered
+        assert shell.offers(f"blktrack {line}ss") == [FAR]
+    assert FAR not in shell.offers("blktrack recv ")
+    for typed in ("ssh:", "ssh://me", "ssh://me@vault:2"):
+        (found,) = shell.offers(f"blktrack verify /dev/blktrack-first {typed}")
+        assert FAR.endswith(found) and typed + found.removeprefix(typed) in (FAR, typed + found)
+    assert shell.offers("blktrack sync /dev/x ssh://[::1]:22/a.img --qu") == ["--quiet"]
+    assert shell.offers(f"blktrack sync /dev/x {FAR} --consistency cr") == ["crash"]
+    assert shell.offers("blktrack sync /dev/x ssh://nobody/") == []
 
 
 def test_status_takes_a_replica(shell: Bash | Zsh) -> None:

@@ -96,7 +96,7 @@ WORDS = {
     ("recv", 2): "recv",
     ("verify", 0): "verify DEVICE REPLICA",
     ("verify", 1): "verify DEVICE /nowhere/replica",
-    ("verify", 2): "verify DEVICE ssh://host/replica",
+    ("verify", 2): "verify DEVICE ssh://host",
     ("verify", 3): "verify PLAIN REPLICA --repair",
     ("verify", 5): "verify DEVICE STALE",
     ("verify", 6): "verify DEVICE TAKEN",

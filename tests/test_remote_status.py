@@ -3,6 +3,7 @@ nobody waits for a network. Its keeper runs here, over pipes."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from blktrack.observer import NOBODY
 from blktrack.options import Options
 from blktrack.report import Run, SyncReport
 from blktrack.ship.diagnosis import ConnectionFailed
+from blktrack.state import DeviceState, LinkState
 from blktrack.sync import sync
 from blktrack.units import KIB, MIB
 from tests.background import assert_clear
@@ -22,7 +24,7 @@ from tests.blockdev import Lab
 from tests.farside import pipe
 from tests.schema import LINK_ELSEWHERE, NO_POINT, PAST, TOP_LINK, faults
 from tests.test_events import change, filled, identical
-from tests.test_metrics import samples, value
+from tests.test_metrics import samples, value, write_policy
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 
@@ -235,3 +237,41 @@ def test_in_metrics(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = history.read(pair.lab.store, pair.number).runs
     assert of_link("wire_bytes_total") == sum(run.bytes_wire for run in runs)
     assert all(run.bytes_wire for run in runs) and runs[-1].exit == 1
+
+
+def test_by_what_it_is_called(pair: Pair) -> None:
+    """A link has its name of file and host; what takes it takes any way to write the address."""
+    pair.sync()
+    (link,) = pair.lab.status(pair.source)["links"]
+    assert link["name"] == "replica.img@localhost"
+    other = "SSH://" + pair.target.removeprefix("ssh://").replace("/replica", "/./replic%61")
+    for name in (pair.target, other, link["name"]):
+        assert pair.lab.blktrack("extents", pair.source, "--target", name).code == 0
+        told = pair.lab.blktrack("history", pair.source, "--target", name)
+        assert told.code == 0 and ".img@localhost initial" in told.out
+    assert pair.lab.blktrack("history", pair.source, "--target", "ssh://localhost/x").code == 2
+
+
+@pytest.mark.needs("root")
+def test_doctor_looks_for_ssh_where_there_is_such_a_replica(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> list[tuple[bool, str, str]]:
+        checks = json.loads(lab.blktrack("doctor", "--json").out)["checks"]
+        return [(c["ok"], c["detail"], c["remedy"]) for c in checks if c["name"] == "ssh"]
+
+    assert told() == []
+    monkeypatch.setenv("BLKTRACK_SSH", "/nowhere/ssh")
+    store = lab.store
+    store.save_device(DeviceState("one", "/dev/blktrack-none", ""))
+    store.save_link("one", LinkState("link", "far", "/near"))
+    assert told() == []
+    policy = '[device.a]\npath = "/dev/vg/a"\n[device.a.replica.b]\ntarget = "ssh://h/x"\n'
+    write_policy(lab, policy)
+    assert [ok for ok, *_ in told()] == [False]
+    store.paths.policy.write_text("", encoding="utf-8")
+    store.save_link("one", LinkState("link", "far", "ssh://h/x"))
+    ((ok, detail, remedy),) = told()
+    assert not ok and "no /nowhere/ssh on this host" in detail and "openssh-client" in remedy
+    monkeypatch.setenv("BLKTRACK_SSH", "/bin/false")
+    assert [ok for ok, *_ in told()] == [True]

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.needs("root", "loop")
 # What cannot hold a replica of this source.
 
 
-def test_remote_targets_are_for_later(store: Store) -> None:
-    with pytest.raises(UsageError, match="remote replicas are not supported in this version"):
+def test_a_target_elsewhere_is_no_place_here(store: Store) -> None:
+    with pytest.raises(UsageError, match="ssh://host/replica is on another host"):
         store.open("ssh://host/replica")
 
 

@@ -18,6 +18,11 @@ _blktrack_links() {
     @LINKS@
 }
 
+# Replicas on other hosts.
+_blktrack_replicas() {
+    @REPLICAS@
+}
+
 # Block devices, and folders in which there may be more.
 _blktrack_blocks() {
     local path
@@ -53,6 +58,10 @@ _blktrack_offer() {
                 mapfile -t COMPREPLY < <(_blktrack_blocks "$typed")
             fi ;;
         block) mapfile -t COMPREPLY < <(_blktrack_blocks "$typed") ;;
+        target)
+            mapfile -t COMPREPLY < <(_blktrack_replicas | sort -u | _blktrack_matching "$typed"
+                compgen -f -- "$typed")
+            [[ $typed == ssh:* ]] && return ;;
         path) mapfile -t COMPREPLY < <(compgen -f -- "$typed") ;;
         folder) mapfile -t COMPREPLY < <(compgen -d -- "$typed") ;;
         *) COMPREPLY=(); return ;;
@@ -136,6 +145,7 @@ def script(top: Parser) -> str:
     parts = {
         "TRACKED": words.TRACKED,
         "LINKS": words.LINKS,
+        "REPLICAS": words.REPLICAS,
         "COMMANDS": " ".join(top.subparsers),
         "SPECS": "\n".join(line for parser in top.walk() for line in _spec(parser)),
         "VALUES": "\n".join(line for parser in top.walk() for line in _values(parser)),

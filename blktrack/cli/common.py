@@ -66,6 +66,11 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def replica(text: str) -> str:
+    """argparse type: a TARGET in that form, or the name of a link as it is."""
+    return target(text) if is_remote(text) else text
+
+
 def target(text: str) -> str:
     """argparse type: a TARGET in the form in which links remember it."""
     if is_remote(text):

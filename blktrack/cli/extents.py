@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from blktrack.cli.common import add_json, emit, store
+from blktrack.cli.common import add_json, emit, replica, store
 from blktrack.tracker import status
 
 EXITS = {"3": "the device is not tracked", "6": "busy: another run holds the device"}
@@ -16,7 +16,9 @@ EXITS = {"3": "the device is not tracked", "6": "busy: another run holds the dev
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="a tracked device")
-    parser.add_argument("--target", metavar="T", help="only what this replica lacks: path or name")
+    parser.add_argument(
+        "--target", metavar="T", type=replica, help="only what this replica lacks: path or name"
+    )
     add_json(parser)
 
 

@@ -17,9 +17,10 @@ import textwrap
 import time
 
 from blktrack import history
-from blktrack.cli.common import add_json, emit, store
+from blktrack.cli.common import add_json, emit, replica, store
 from blktrack.errors import Busy, UsageError
 from blktrack.report import HistoryReport, Run
+from blktrack.ship.address import short_name
 from blktrack.tracker.tracker import find_any
 from blktrack.units import format_duration, format_size
 
@@ -33,7 +34,9 @@ _REPLICA, _NUMBERS = 1, range(3, 8)
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="a device that is or was tracked")
-    parser.add_argument("--target", metavar="T", help="only runs to this replica: path or name")
+    parser.add_argument(
+        "--target", metavar="T", type=replica, help="only runs to this replica: path or name"
+    )
     parser.add_argument(
         "--last", type=_count, metavar="N", default=20, help="so many runs (default: %(default)s)"
     )
@@ -92,7 +95,7 @@ def _table(runs: list[Run], width: int) -> str:
 
 def _row(run: Run) -> tuple[str, ...]:
     when = time.strftime("%b %d %H:%M", time.localtime(run.begun))
-    replica = run.link or run.target.rpartition("/")[2]
+    replica = run.link or short_name(run.target)
     if run.exit:
         figures = ["-"] * 4
     else:

@@ -12,8 +12,8 @@ from blktrack.cli.parser import Parser
 # By metavar. The shells know these kinds: see _blktrack_offer in each of them.
 _KINDS = {
     "DEVICE": "tracked",
-    "TARGET": "path",
-    "T": "path",
+    "TARGET": "target",
+    "T": "target",
     "FILE": "path",
     "DIR": "folder",
     "CMD": "program",
@@ -22,12 +22,17 @@ _KINDS = {
 }
 # Where DEVICE is most likely none of the tracked ones, or may be a replica.
 _OTHERS = {"blktrack track": "block", "blktrack status": "either", "blktrack recv": "block"}
+_HERE = ("blktrack recv",)  # where TARGET is none of another host
 
-# Of every tracked device, or link, as its JSON in `state` holds them: one key a line.
+# Of every tracked device, link, or replica on another host, as its JSON in `state` holds them: one
+# key a line.
 TRACKED = r"""sed -n 's/^ "path": "\([^"\\]*\)",\{0,1\}$/\1/p' """ + (
     '"${BLKTRACK_ROOT-}"/var/lib/blktrack/devices/*/device.json 2>/dev/null'
 )
 LINKS = r"""sed -n 's/^ "name": "\([^"\\]*\)",\{0,1\}$/\1/p' """ + (
+    '"${BLKTRACK_ROOT-}"/var/lib/blktrack/devices/*/links/*.json 2>/dev/null'
+)
+REPLICAS = r"""sed -n 's/^ "target": "\(ssh:[^"\\]*\)",\{0,1\}$/\1/p' """ + (
     '"${BLKTRACK_ROOT-}"/var/lib/blktrack/devices/*/links/*.json 2>/dev/null'
 )
 
@@ -70,6 +75,8 @@ def _kind(parser: Parser, action: argparse.Action) -> str:
     if action.choices is not None:
         return "words"
     kind = _KINDS.get(str(action.metavar), "any")
+    if kind == "target" and parser.prog in _HERE:
+        return "path"
     return _OTHERS.get(parser.prog, kind) if kind == "tracked" else kind
 
 

@@ -26,6 +26,10 @@ _blktrack_read_links() {
     @LINKS@
 }
 
+_blktrack_read_replicas() {
+    @REPLICAS@
+}
+
 # Block devices, and folders in which there may be more. _files would fall back to any file.
 _blktrack_block() {
     if [[ -n $PREFIX ]]; then
@@ -47,6 +51,13 @@ _blktrack_either() {
     _blktrack_device || _files
 }
 
+_blktrack_target() {
+    local ret=1
+    _blktrack_list replicas _blktrack_read_replicas 'replica on another host' && ret=0
+    _files && ret=0
+    return ret
+}
+
 _blktrack_link() {
     _blktrack_list links _blktrack_read_links link
 }
@@ -66,6 +77,7 @@ _OFFERS = {
     "either": "_blktrack_either",
     "block": "_blktrack_block",
     "link": "_blktrack_link",
+    "target": "_blktrack_target",
     "path": "_files",
     "folder": "_files -/",
     "program": "_command_names -e",
@@ -76,6 +88,7 @@ _OFFERS = {
 
 def script(top: Parser) -> str:
     head = _HEAD.replace("@TRACKED@", words.TRACKED).replace("@LINKS@", words.LINKS)
+    head = head.replace("@REPLICAS@", words.REPLICAS)
     functions = [line for parser in top.walk() for line in _function(parser)]
     return head + "\n".join(functions) + "\n" + _TAIL
 

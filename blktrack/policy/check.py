@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 from blktrack import device
-from blktrack.errors import BlktrackError, UsageError
+from blktrack.errors import BlktrackError
 from blktrack.policy.model import DevicePolicy, LinkPolicy, Policy, same_device
 from blktrack.policy.read import Problem
-from blktrack.ship import target
+from blktrack.ship import ssh, target
 from blktrack.ship.address import is_remote
-from blktrack.ship.ssh import ssh_words
 from blktrack.sysfs import BlockDevice
 
 # What the kernel numbers in the order in which it finds it.
@@ -58,20 +56,11 @@ def _link(key: str, link: LinkPolicy, source: BlockDevice) -> Iterator[Problem]:
         return
     try:
         if is_remote(link.target):
-            _check_ssh()
+            ssh.check()  # of what is there nothing is known here
         else:
             target.check(target.Target.find(link.target), source)
     except BlktrackError as error:
         yield Problem(f"{key}.target", str(error), error.hint)
-
-
-def _check_ssh() -> None:
-    """Of a replica on another host nothing else is known here. UsageError."""
-    program = ssh_words()[0]
-    if shutil.which(program) is None:
-        raise UsageError(
-            f"needs ssh to be reached, and there is no {program}", hint="install openssh-client"
-        )
 
 
 def stable_name(path: str) -> str:

@@ -11,6 +11,7 @@ Links remember an address in one way of writing it, `str(address)`. A port that 
 from __future__ import annotations
 
 import ipaddress
+import posixpath
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ class Address:
 def is_remote(text: str) -> bool:
     """Whether this is meant as an address of another host, well-formed or not."""
     return text[: len(SCHEME)].lower() == SCHEME
+
+
+def short_name(target: str) -> str:
+    """What a replica is called where there is no room for more: `disk.img`, `disk.img@vault`."""
+    if not is_remote(target):
+        return posixpath.basename(target)
+    try:
+        address = Address.parse(target)
+    except UsageError:  # of a later version
+        return posixpath.basename(target)
+    return f"{posixpath.basename(address.path)}@{address.host}"
 
 
 def _split_port(text: str, place: str) -> tuple[str, str | None]:

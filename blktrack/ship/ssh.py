@@ -64,6 +64,21 @@ def ssh_words() -> list[str]:
     return words or ["ssh"]
 
 
+def check() -> None:
+    """UsageError if what is run as ssh is not there."""
+    if missing := _missing(ssh_words()):
+        what, hint = missing
+        raise UsageError(f"{what}, by which other hosts are reached", hint=hint)
+
+
+def _missing(words: list[str]) -> tuple[str, str] | None:
+    """What is not there of what is run, and what to do about it."""
+    if shutil.which(words[0]) is not None:
+        return None
+    hint = "install openssh-client" if words[0] == "ssh" else f"correct {VARIABLE}"
+    return f"there is no {words[0]} on this host", hint
+
+
 def login_words(address: Address) -> list[str]:
     """The options and the name that say whom to log in as, and where."""
     user = [] if address.user is None else ["-l", address.user]
@@ -156,13 +171,10 @@ class Connection:
             connect_timeout=connect_timeout,
             dead_after=dead_after,
         )
-        if shutil.which(words[0]) is None:
-            hint = "install openssh-client" if words[0] == "ssh" else f"correct {VARIABLE}"
-            raise ConnectionFailed(
-                f"cannot connect to {address.name}: there is no {words[0]} on this host",
-                hint=hint,
-                retriable=False,
-            )
+        if missing := _missing(words):
+            what, hint = missing
+            message = f"cannot connect to {address.name}: {what}"
+            raise ConnectionFailed(message, hint=hint, retriable=False)
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             [*_SHELL, *words], bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blktrack.errors import BlktrackError, Refused, UsageError
+from blktrack.ship.address import is_remote
 from blktrack.ship.stack import below, device_number, holding, numbers, shares_backing, unescape
 from blktrack.sysfs import BlockDevice, loops_backed_by
 from blktrack.units import format_size
@@ -32,11 +33,11 @@ class Target:
 
     @classmethod
     def find(cls, name: str) -> Target:
-        """UsageError for what this version cannot reach, Refused for what cannot hold a replica."""
-        if name.startswith("ssh://"):
+        """UsageError for what is elsewhere, Refused for what cannot hold a replica."""
+        if is_remote(name):
             raise UsageError(
-                "remote replicas are not supported in this version",
-                hint="name a block device or a file of this host",
+                f"{name} is on another host, and this is about replicas of this one",
+                hint="name a block device or a file of this host; sync and verify reach others",
             )
         path = os.path.realpath(name)
         try:
