@@ -88,8 +88,8 @@ def test_data_that_can_be_compressed_after_all(mbit: int) -> None:
     print(done.chosen)
     link = Link.of(mbit)
     alone = Shipment(adaptive(link), link, of("pages", 256))
-    later = Counter(done.chosen[-128:])
-    assert abs(_middle(later) - _middle(Counter(alone.chosen[-128:]))) <= 1
+    late = [each.times[-1] - each.times[-128] for each in (alone, done)]
+    assert late[0] / late[1] > 0.9
 
 
 def test_sent_as_it_is_until_that_does_not_pay() -> None:
@@ -120,15 +120,20 @@ def _middle(levels: Counter[int | None]) -> int:
     return LADDER.index(levels.most_common(1)[0][0])
 
 
-def test_a_pause_is_not_slowness() -> None:
-    link = Link.of(1000)
-    level = adaptive(link)
-    Shipment(level, link, of("pages", 64))
-    for lost in (0, 4):  # choices of threads that ended without a word: their connection broke
+@pytest.mark.parametrize("lost", [0, 4])
+def test_a_pause_is_not_slowness(lost: int) -> None:
+    """Also if threads ended without a word before, as their connection broke."""
+    chosen = []
+    for pause in (0.0, 10_000.0):
+        link = Link.of(20)
+        level = adaptive(link)
+        Shipment(level, link, of("pages", 64))
         for _ in range(lost):
             level.choose()
-        link.now += 10_000.0
-        assert max(choice or 0 for choice in Shipment(level, link, of("pages", 64)).chosen) <= 3
+        link.now += pause
+        link.rates = [(0.0, 1000 * MBIT)]
+        chosen.append(Shipment(level, link, of("pages", 128)).chosen)
+    assert chosen[0] == chosen[1]
 
 
 def test_whatever_it_is_told_the_level_is_one_of_its_own(seed: int) -> None:
@@ -143,8 +148,8 @@ def test_whatever_it_is_told_the_level_is_one_of_its_own(seed: int) -> None:
             assert chosen in LADDER
             raw = rng.choice([0, 1, 512, 64 * KIB, 4 * MIB])
             stored = rng.choice([0, 1, raw // 2, raw, raw + 100])
-            seconds = [rng.choice([0.0, 1e-12, rng.random(), 1e9]) for _ in range(3)]
-            told = dict(zip(("compress_s", "cpu_s", "send_s"), seconds, strict=True))
+            seconds = [rng.choice([0.0, 1e-12, rng.random(), 1e9]) for _ in range(2)]
+            told = dict(zip(("cpu_s", "send_s"), seconds, strict=True))
             level.note(chosen, raw, stored, **told)
 
 
@@ -159,7 +164,7 @@ def test_threads_side_by_side(seed: int) -> None:
                 chosen = level.choose()
                 assert chosen in LADDER
                 cpu = rng.random() / 100
-                level.note(chosen, MIB, MIB // 3, compress_s=cpu, cpu_s=cpu, send_s=cpu / 2)
+                level.note(chosen, MIB, MIB // 3, cpu_s=cpu, send_s=cpu / 2)
         except BaseException as error:
             failed.append(error)
 
@@ -174,7 +179,7 @@ def test_threads_side_by_side(seed: int) -> None:
 def test_a_fixed_level_stays() -> None:
     for level in (1, 7, FIXED_MOST):
         fixed = Level(level)
-        fixed.note(fixed.choose(), MIB, MIB, compress_s=9.0, cpu_s=9.0, send_s=0.0)
+        fixed.note(fixed.choose(), MIB, MIB, cpu_s=9.0, send_s=0.0)
         assert fixed.choose() == level
     assert Level("none").choose() is None
     for level in (-50, 0, FIXED_MOST + 1):

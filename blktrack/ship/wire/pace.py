@@ -54,22 +54,20 @@ _START = _RUNG_OF[1]
 
 _GAIN, _COST = math.log(3), 4e-9  # of level 1, before anything was measured
 _LINK = 50e6  # bytes per second: likewise; a rate that no choice is very wrong for
-_MEMORY = 4 * MIB  # so much of the latest data counts most
+_MEMORY = 2 * MIB  # so much of the latest data counts most
 _LINK_MOST = 1.25e9  # more than ssh can do
 _FULL = 0.7  # part of the time that is spent sending
-_BUFFER = 4 * MIB  # of what is sent, while which a rate that was never measured grows e times
-_SEARCH, _SEARCH_MOST = 64 * MIB, 512 * MIB  # of data, while which one that was does
+_BUFFER = 2 * MIB  # of what is sent, while which a rate that was never measured grows e times
+_SEARCH = 64 * MIB  # of data, while which one that was does
 _MANY = 50.0  # of these: math.exp() has an end
-_DRIFT = 0.25  # part of a surprise that is put down to the level and not to the data
 _FAR = 1.5  # times as much or as little as was expected is a great surprise
 _SPAN = 3.0  # how far from what is typical a level may be, either way
 _SHARP = 5.0  # the slower counts; where they are near, that each waits for the other at times too
-_STAY = 0.02  # what is better by less is not worth a change
+_STAY = 0.03  # what is better by less is not worth a change
 _PROBE = 8  # choices after which a neighbour is looked at
 _RARELY = 64  # and where that never pays
 _NEAR = 1.25  # a neighbour that looks worse than so is looked at rarely from the beginning
 _THREADS = 4  # that compress and send
-_ALONE = 1.1  # by so little they can go on more slowly than alone, and it says nothing
 _NOTES = 12  # batches over which the course of the whole is averaged
 _NOTHING = 1e-12  # instead of a division by zero
 
@@ -96,12 +94,12 @@ class Level:
         self._setting = setting
         self._lock = threading.Lock()
         self._link = _Link()
-        self._course = _Course(clock, processors or len(os.sched_getaffinity(0)))
+        self._course = _Course(clock)
+        self._processors = min(_THREADS, processors or len(os.sched_getaffinity(0)))
         self._gain = _Profile(_GAIN, 0.1, [rung.gain for rung in _RUNGS])
         self._cost = _Profile(_COST, 0.0, [rung.cost for rung in _RUNGS])
         self._now = _START
         self._wait = self._patience = _PROBE
-        self._settling = 0
         self._up = True  # where the next look goes
 
     def choose(self) -> int | None:
@@ -122,14 +120,13 @@ class Level:
         raw: int,
         stored: int,
         *,
-        compress_s: float,
         cpu_s: float,
         send_s: float,
     ) -> None:
         """What became of a batch: its bytes, those that were sent, and seconds.
 
         stored -- `raw` if it was sent as it is, also where compressing it was in vain.
-        compress_s, cpu_s -- compressing, by the clock and of a processor; 0.0 for level None.
+        cpu_s -- of a processor, compressing: time.thread_time(), which waits for one do not change.
         send_s -- by the clock, with waits for a limit, without those for other senders.
         """
         if self._setting != "adapt" or raw <= 0:
@@ -137,7 +134,7 @@ class Level:
         rung = _RUNG_OF[level]
         with self._lock:
             weight = 1 - math.exp(-raw / _MEMORY)
-            self._course.end(compress_s, cpu_s, stored, send_s)
+            self._course.end(stored, send_s)
             self._link.note(raw, stored, self._course.rate, full=self._course.sending > _FULL)
             if level is not None:
                 self._cost.note(rung, cpu_s / raw, weight)
@@ -147,16 +144,14 @@ class Level:
     def _settle(self) -> None:
         times = [self._time(rung) for rung in range(len(_RUNGS))]
         best = min(range(len(_RUNGS)), key=times.__getitem__)
-        self._settling -= 1
-        if self._settling <= 0 and times[best] < times[self._now] * (1 - _STAY):
-            # The batches under way were chosen for before: what comes of this is not known yet.
-            self._now = min(max(best, self._now - 1), self._now + 2)
-            self._settling = _THREADS
+        if times[best] < times[self._now] * (1 - _STAY):
+            # One by one: the further away, the less is known.
+            self._now += 1 if best > self._now else -1
             self._wait = self._patience = _PROBE
 
     def _time(self, rung: int) -> float:
         """Seconds per byte that the whole would take at a level."""
-        compressing = self._cost.at(rung) / self._course.processors
+        compressing = self._cost.at(rung) / self._processors
         sending = math.exp(-self._gain.at(rung)) / self._link.rate
         return math.pow(compressing**_SHARP + sending**_SHARP, 1 / _SHARP)
 
@@ -181,9 +176,7 @@ class _Link:
     def __init__(self) -> None:
         self.rate = self._measured = _LINK
         self._known = False
-        self._before = 0.0  # what was measured before the last search
-        self._searched = 0.0  # since the last measurement, in units of _search
-        self._search = _SEARCH
+        self._searched = 0.0  # since the last measurement, in units of the growth
 
     def note(self, raw: int, sent: int, seen: float, *, full: bool) -> None:
         """`seen` is the rate at which bytes went while they were sent."""
@@ -193,11 +186,7 @@ class _Link:
             self._searched = 0.0
             self._measured = self.rate = seen
             return
-        if self._known and self._searched == 0:
-            found = self._measured > 2 * self._before
-            self._search = _SEARCH if found else min(2 * self._search, _SEARCH_MOST)
-            self._before = self._measured
-        self._searched += raw / self._search if self._known else sent / _BUFFER
+        self._searched += raw / _SEARCH if self._known else sent / _BUFFER
         most = self._measured * math.exp(min(self._searched, _MANY))
         self.rate = min(seen, most, _LINK_MOST)
 
@@ -205,23 +194,20 @@ class _Link:
 class _Course:
     """What the threads did lately, while any was at work: a pause between is nobody's slowness."""
 
-    def __init__(self, clock: Callable[[], float], processors: int) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._all = processors
         self._last = 0.0
         self._inside = 0  # threads between choose() and note()
-        self._passed = self._compressing = self._cpu = self._sent = self._sending = 0.0
+        self._passed = self._sent = self._sending = 0.0
 
     def begin(self) -> None:
         if self._inside in (0, _THREADS):  # so many: those before have ended without a word
             self._inside, self._last = 0, self._clock()
         self._inside += 1
 
-    def end(self, compress_s: float, cpu_s: float, sent: int, send_s: float) -> None:
+    def end(self, sent: int, send_s: float) -> None:
         now, keep = self._clock(), 1 - 1 / _NOTES
         self._passed = self._passed * keep + now - self._last
-        self._compressing = self._compressing * keep + compress_s
-        self._cpu = self._cpu * keep + cpu_s
         self._sent = self._sent * keep + sent
         self._sending = self._sending * keep + send_s
         self._inside = max(0, self._inside - 1)
@@ -237,20 +223,6 @@ class _Course:
         """Bytes per second while one of them was sending."""
         return self._sent / max(self._sending, _NOTHING)
 
-    @property
-    def processors(self) -> float:
-        """How many there are for _THREADS that compress, next to what else runs here.
-
-        Threads that are more than the processors share them evenly: from how slowly ours went on,
-        and how many they were, follows how many others there are.
-        """
-        slower = self._compressing / max(self._cpu, _NOTHING)
-        if slower < _ALONE:
-            return min(_THREADS, self._all)
-        ours = self._compressing / max(self._passed, _NOTHING)
-        others = max(0.0, slower * self._all - ours)
-        return min(_THREADS, self._all, _THREADS * self._all / (_THREADS + others))
-
 
 class _Profile:
     """A quantity that depends on the data, as one number, and on the rung, as a factor."""
@@ -262,7 +234,7 @@ class _Profile:
         self._typical = typical
         self._factor = list(typical)
         self._seen = [0.0] * len(typical)
-        self._seen[_START] = 1 / _DRIFT  # the others are next to it
+        self._seen[_START] = math.inf  # the others are next to it
 
     def at(self, rung: int) -> float:
         return self._base * self._factor[rung]
@@ -270,15 +242,15 @@ class _Profile:
     def note(self, rung: int, value: float, weight: float) -> None:
         """`value` was measured; `weight`, up to 1, is how much of the past it replaces.
 
-        A great surprise is the data's, a small one that of a rung that is new, or mostly the data's
-        on one that is known.
+        A great surprise is the data's, a small one that of a rung that is new, and on one that is
+        known mostly the data's again.
         """
         factor, seen = self._factor[rung], self._seen[rung]
         share = 0.0
         expected = self._base * factor
         far = not expected / _FAR < value < expected * _FAR
         if self._base > self._least and not far:
-            share = max(weight / (seen + weight), _DRIFT * weight)
+            share = weight / (seen + weight)
             moved = factor + share * (value / self._base - factor)
             typical = self._typical[rung]
             self._factor[rung] = min(max(moved, typical / _SPAN), typical * _SPAN)
