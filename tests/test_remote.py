@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from blktrack import sync
+from blktrack.options import Options
+from blktrack.report import SyncReport
 from blktrack.units import KIB, MIB
 from tests import sectors
-from tests.blockdev import Lab, read_image, resize, write_direct
+from tests.blockdev import Lab, Silent, read_image, resize, write_direct
 from tests.farside import FarSide, every_way
 from tests.test_oracle import fill, repeating
 
@@ -27,6 +30,10 @@ def identical(device: str, replica: str | Path) -> bool:
     return not sectors.faults(read_image(device), read_image(replica))
 
 
+def synced(lab: Lab, device: str, target: str, **options: bool) -> SyncReport:
+    return sync.sync(lab.store, device, target, Options(**options), Silent())[0]  # type: ignore[arg-type]
+
+
 def state_of(path: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {
@@ -38,16 +45,16 @@ def test_from_nothing_to_points(shared: Lab, far: FarSide) -> None:
     device, target = shared.loop(SIZE), far.name()
     fill(device)
     shared.track(device)
-    first = shared.blktrack("sync", device, target, "--json").json
-    assert (first["mode"], first["bytes_changed"]) == ("initial", SIZE)
-    second = shared.blktrack("sync", device, target, "--json").json
-    assert (second["mode"], second["bytes_shipped"], second["rounds"]) == ("nothing", 0, 0)
+    first = synced(shared, device, target)
+    assert (first.mode, first.bytes_changed) == ("initial", SIZE)
+    second = synced(shared, device, target)
+    assert (second.mode, second.bytes_shipped, second.rounds) == ("nothing", 0, 0)
     change(device, MIB)
-    third = shared.blktrack("sync", device, target, "--json").json
-    assert (third["mode"], third["extents"], third["bytes_shipped"]) == ("incremental", 1, 64 * KIB)
-    assert third["consistency"] == "crash"
+    third = synced(shared, device, target)
+    assert (third.mode, third.extents, third.bytes_shipped) == ("incremental", 1, 64 * KIB)
+    assert third.consistency == "crash"
     least, most = (0, 1) if far.way == "here" else (4 * KIB, 96 * KIB)
-    assert least <= third["bytes_wire"] < most
+    assert least <= third.bytes_wire < most
     assert identical(device, far.path())
     assert [file.name for file in Path(f"{far.path()}.blktrack").iterdir()] == ["replica.json"]
 
@@ -56,11 +63,11 @@ def test_zeroes_travel_as_extents(shared: Lab, far: FarSide) -> None:
     device, target = shared.loop(64 * MIB), far.name()
     fill(device)
     shared.track(device)
-    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
+    synced(shared, device, target)
     write_direct(device, 8 * MIB, bytes(48 * MIB))
-    done = shared.blktrack("sync", device, target, "--json").json
-    assert (done["mode"], done["bytes_zeroed"]) == ("incremental", 48 * MIB)
-    assert done["bytes_wire"] < 64 * KIB
+    done = synced(shared, device, target)
+    assert (done.mode, done.bytes_zeroed) == ("incremental", 48 * MIB)
+    assert done.bytes_wire < 64 * KIB
     assert identical(device, far.path())
 
 
@@ -68,16 +75,16 @@ def test_what_others_wrote_is_found_by_digests(shared: Lab, far: FarSide) -> Non
     device, target = shared.loop(64 * MIB), far.name()
     fill(device)
     shared.track(device)
-    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
+    synced(shared, device, target)
     with far.path().open("r+b") as file:
         file.seek(5 * MIB)
         file.write(b"x" * 5000)
     done = shared.blktrack("verify", device, target, "--json")
     assert (done.code, done.json["extents"]) == (5, [[5 * MIB, 8 * KIB]])
-    resync = shared.blktrack("sync", device, target, "--json").json
-    assert (resync["mode"], resync["bytes_shipped"]) == ("resync", 8 * KIB)
-    assert "written to by something else" in resync["reason"]
-    assert resync["bytes_wire"] < 256 * KIB
+    resync = synced(shared, device, target)
+    assert (resync.mode, resync.bytes_shipped) == ("resync", 8 * KIB)
+    assert "written to by something else" in resync.reason
+    assert resync.bytes_wire < 256 * KIB
     assert shared.blktrack("verify", device, target, "--json").json["bytes_different"] == 0
     assert identical(device, far.path())
 
@@ -86,7 +93,7 @@ def test_repair_rewrites_what_differs(shared: Lab, far: FarSide) -> None:
     device, target = shared.loop(SIZE), far.name()
     fill(device)
     shared.track(device)
-    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
+    synced(shared, device, target)
     with far.path().open("r+b") as file:
         file.seek(4096)
         file.write(b"x")
@@ -101,17 +108,17 @@ def test_a_replica_that_was_rolled_back_is_found_before_anything_is_sent(
     device, target, old = shared.loop(SIZE), far.name(), shared.name("old")
     fill(device)
     shared.track(device)
-    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
+    synced(shared, device, target)
     shutil.copytree(far.folder, old)
     change(device, MIB)
-    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
+    synced(shared, device, target)
     shutil.rmtree(far.folder)
     shutil.copytree(old, far.folder)
     change(device, 2 * MIB)
     refused = shared.blktrack("sync", device, target, "--no-resync")
     assert refused.code == 3
-    done = shared.blktrack("sync", device, target, "--json").json
-    assert done["mode"] == "resync"
+    done = synced(shared, device, target)
+    assert done.mode == "resync"
     assert identical(device, far.path())
 
 
@@ -120,7 +127,7 @@ def test_a_replica_of_another_source_is_refused_and_untouched(shared: Lab, far: 
     for device in (one, other):
         fill(device)
         shared.track(device)
-    shared.blktrack("sync", one, target, "--json").json  # noqa: B018
+    synced(shared, one, target)
     before = state_of(far.folder)
     done = shared.blktrack("sync", other, target)
     assert done.code == 1
@@ -148,15 +155,15 @@ def test_a_device_as_replica(shared: Lab, far: FarSide) -> None:
     target = far.device(replica)
     fill(device)
     shared.track(device)
-    assert shared.blktrack("sync", device, target, "--json").json["mode"] == "initial"
+    assert synced(shared, device, target).mode == "initial"
     change(device, MIB, 512)
-    done = shared.blktrack("sync", device, target, "--json").json
-    assert (done["mode"], done["bytes_shipped"]) == ("incremental", 4 * KIB)
+    done = synced(shared, device, target)
+    assert (done.mode, done.bytes_shipped) == ("incremental", 4 * KIB)
     assert identical(device, replica)
     large = shared.loop(SIZE + MIB)
     shared.track(large)
-    done = shared.blktrack("sync", large, target, "--force")
-    assert (done.code, "is too small" in done.err) == (1, True)
+    refused = shared.blktrack("sync", large, target, "--force")
+    assert (refused.code, "is too small" in refused.err) == (1, True)
 
 
 def test_a_source_that_grows(shared: Lab, far: FarSide) -> None:
@@ -164,11 +171,11 @@ def test_a_source_that_grows(shared: Lab, far: FarSide) -> None:
     device, target = shared.loop(SIZE, file=file), far.name()
     fill(device)
     shared.track(device)
-    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
+    synced(shared, device, target)
     resize(device, file, SIZE + 4 * MIB)
     change(device, SIZE + MIB)
-    done = shared.blktrack("sync", device, target, "--json").json
-    assert done["mode"] == "incremental"
+    done = synced(shared, device, target)
+    assert done.mode == "incremental"
     assert far.path().stat().st_size == SIZE + 4 * MIB
     assert identical(device, far.path())
 
@@ -178,10 +185,10 @@ def test_a_point_under_writes(shared: Lab, far: FarSide) -> None:
     fill(device)
     shared.track(device)
     with repeating(lambda: change(device, 32 * MIB, 4 * KIB)):
-        shared.blktrack("sync", device, target, "--consistency", "none", "--json").json  # noqa: B018
-        shared.blktrack("sync", device, target, "--consistency", "none", "--json").json  # noqa: B018
-    done = shared.blktrack("sync", device, target, "--json").json
-    assert (done["mode"], done["consistency"]) == ("incremental", "crash")
+        shared.sync(device, target)
+        shared.sync(device, target)
+    done = synced(shared, device, target)
+    assert (done.mode, done.consistency) == ("incremental", "crash")
     assert identical(device, far.path())
 
 
@@ -189,8 +196,8 @@ def test_an_increment_in_place(shared: Lab, far: FarSide) -> None:
     device, target = shared.loop(SIZE), far.name()
     fill(device)
     shared.track(device)
-    shared.blktrack("sync", device, target, "--json").json  # noqa: B018
+    synced(shared, device, target)
     change(device, MIB)
-    done = shared.blktrack("sync", device, target, "--in-place", "--json").json
-    assert (done["mode"], done["bytes_shipped"]) == ("incremental", 64 * KIB)
+    done = synced(shared, device, target, in_place=True)
+    assert (done.mode, done.bytes_shipped) == ("incremental", 64 * KIB)
     assert identical(device, far.path())
