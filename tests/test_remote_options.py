@@ -209,3 +209,18 @@ def test_the_limit_of_a_replica_holds_within_that_of_all(shared: Lab) -> None:
     fleet.write()
     done = fleet.sync("--time-limit", "1h", "--quiet")
     assert done.code == 4 and "its time limit of 1s is over" in done.err
+
+
+@on_loop
+def test_it_is_compressed_as_it_is_asked_for(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = far_of(shared, monkeypatch) / "replica.img"
+    device, target = filled(shared, LARGE), f"ssh://vault{replica}"
+    shared.track(device)
+    wire = {}
+    for level in ("none", "1", "12", "adapt"):
+        done = shared.blktrack("sync", device, target, "--full", "--compress", level, "--json")
+        assert (done.json["mode"], done.json["bytes_shipped"]) == ("initial", LARGE)
+        wire[level] = done.json["bytes_wire"]
+        assert identical(device, replica)
+    assert wire["12"] < wire["1"] < LARGE < wire["none"]
+    assert wire["adapt"] < LARGE
