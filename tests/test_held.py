@@ -190,9 +190,21 @@ def test_a_device_put_to_rest(away: Away) -> None:
     assert away.lab.blktrack("start", away.device).code == 0
     assert not len(away.kept().held)
     assert away.kept().link.stage == kept.link.stage
-    state, _ = find(away.lab.store, away.device)
-    assert not (away.lab.store.link_run(state.id, kept.link.id) / "held").exists()
     away.finish(shipped=CHANGED)
+
+
+@pytest.mark.parametrize("stage", ["there", "gone"])
+def test_a_set_that_is_gone(away: Away, stage: str) -> None:
+    """Alone, by a cleaner say: then what its stage had is known to nobody."""
+    kept = away.cut()
+    state, _ = find(away.lab.store, away.device)
+    (away.lab.store.link_run(state.id, kept.link.id) / "held").unlink()
+    if stage == "gone":
+        (away.state / JOURNAL).unlink()
+    assert away.lab.status(away.device)["links"][0]["pending_bytes"] == SIZE
+    done = away.lab.sync(away.device, away.target)
+    assert (done.mode, done.reason) == ("resync", "its pending set is gone")
+    away.assert_settled()
 
 
 def test_a_generation_that_ended(away: Away) -> None:

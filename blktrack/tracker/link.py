@@ -34,6 +34,8 @@ class LinkSets:
         self.granules = tracking.window.geometry.granules
         self._racing: BitFile | None = None
         self._held: BitFile | None = None
+        if link.stage and not create:
+            (folder / "held").stat()  # without it nobody knows what its stage has
         self.shipping = BitFile(folder / "shipping", tracking.words, create=create)
         crash.point("sets-half")
         # Made last: drains find a link by this file.

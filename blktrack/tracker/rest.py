@@ -97,8 +97,8 @@ def _restore(store: Store, state: DeviceState) -> None:
     words = bitmap.words_for(bitmap.granules_for(state.size, state.granularity))
     for path in store.lib(state.id).glob("*.rest"):
         found, folder = _kept(path), store.link_run(state.id, path.stem)
-        BitFile(folder / "shipping", words, create=True).close()
-        (folder / "held").unlink(missing_ok=True)  # it is in what was kept
+        for name in ("shipping", "held"):  # what they had is in what was kept
+            BitFile(folder / name, words, create=True).close()
         # Drains find a link by `pending`, so that comes last.
         with BitFile(folder / "pending", words, create=True) as pending:
             index = bitmap.nonzero(found)
