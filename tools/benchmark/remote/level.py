@@ -36,7 +36,7 @@ _CASES = (
 
 
 def measure(lab: Lab, name: str, *, quick: bool) -> Iterator[Figure]:
-    levels, rounds, part = (_FEW, 1, 3) if quick else (_ALL, 2, 1)
+    levels, rounds, part = (_FEW, 1, 4) if quick else (_ALL, 2, 1)
     size = max(case.size for case in _CASES)
     lab.need(3 * size)
     with (
