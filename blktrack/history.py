@@ -78,21 +78,24 @@ def latest(store: Store, device: str, wanted: set[Key], *, failed: bool = False)
 
     failed -- the last that failed, and did not give way to another.
     """
-    found: dict[Key, Run] = {}
-    # As a run writes it. Of thousands of lines few have to be parsed for it.
-    names = {its: json.dumps(its[0] or its[1]).encode() for its in wanted}
-    for line in reversed(_lines(_content(_path(store, device)))):
-        if not names:
-            break
-        if not any(name in line for name in names.values()):
-            continue
+    content = _content(_path(store, device))
+    runs = ((its, _last(content, its, failed=failed)) for its in wanted)
+    return {its: run for its, run in runs if run is not None}
+
+
+def _last(content: bytes, of: Key, *, failed: bool) -> Run | None:
+    """Found from the end by the name as a run writes it: of thousands of lines few are parsed."""
+    name = json.dumps(of[0] or of[1]).encode()
+    end = content.rfind(b"\n") + 1
+    while (at := content.rfind(name, 0, end)) >= 0:
+        begin = content.rfind(b"\n", 0, at) + 1
+        line, end = content[begin : content.index(b"\n", at)], begin
         if failed and any(well in line for well in _NO_FAILURE):
             continue
         run = _parse(line)
-        if run and (its := key(run.link, run.target)) in names and not (failed and _is_well(run)):
-            found[its] = run
-            del names[its]
-    return found
+        if run and key(run.link, run.target) == of and not (failed and _is_well(run)):
+            return run
+    return None
 
 
 def _is_well(run: Run) -> bool:
