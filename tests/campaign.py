@@ -42,8 +42,9 @@ UNTRACKED, REPAIR = "it was untracked", "repair was asked for"
 
 # Points that a command comes to only if it is lucky: here, if a round was not valid.
 BY_CHANCE = {"more-added"}
-# Of a stage that is made to be kept, which no local replica needs: see test_partial_death.
-KEPT = "part-"
+# Of a stage that is made to be kept, and of a keeper, which no local replica needs: see
+# test_partial_death.py and test_keeper.py.
+KEPT = ("part-", "serve-")
 # Those of a stage that outlives its round: see test_held.py.
 HELD = {"held-added", "held-cleared", "held-returned", "stage-recorded"}
 
