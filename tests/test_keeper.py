@@ -126,7 +126,8 @@ def test_an_increment_is_gone_on_with(replica: Replica) -> None:
         keeper.send(seal(4, 8, ROWS), APPLY)
         end = keeper.end()
     assert (end.code, end.err) == (0, "")
-    assert end.answers()[1] == {"id": id_}
+    assert end.answers()[1]["id"] == id_
+    assert end.answers()[1]["folder"] == str(replica.folder)
     bring(replica.image)
     replica.assert_at(8)
 

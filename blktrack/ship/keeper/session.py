@@ -161,7 +161,8 @@ class Session:
             stage = replica.stage(keep=True, most=self._most_staging)
             self._stage = self._held.enter_context(stage)
         self._data.writes = stage.end
-        return {"id": stage.id, "folder": str(replica.folder), "free": self._free(replica)}
+        folder = sayable(str(replica.folder))
+        return {"id": stage.id, "folder": folder, "free": self._free(replica)}
 
     def _free(self, replica: Replica) -> int | None:
         """Bytes that can still be staged."""

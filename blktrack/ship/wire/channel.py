@@ -175,7 +175,7 @@ class Channel:
             raise
 
     def _write_slice(self, view: memoryview) -> int:
-        if self._pace is not None and not self._stop.is_set():
+        if self._pace is not None:
             self._pace.wait(len(view), self._stop)
         done = 0
         while done < len(view):
