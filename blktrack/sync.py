@@ -140,7 +140,7 @@ class _Run:
                     if not (lost if isinstance(error, Busy) else _is_transient(error)):
                         raise
                     lost = True
-                    self.observer.phase(f"{error}; trying again", 0)
+                    self.observer.phase(f"trying again: {error}", 0)
                     if not retry.wait():
                         if self.options.stop.is_set():
                             raise self._interrupted() from error

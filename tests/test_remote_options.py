@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import pty
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from blktrack.options import Options
 from blktrack.ship.wire.hello import PATIENCE
 from blktrack.units import MIB
 from tests.background import assert_clear
-from tests.blockdev import Lab
+from tests.blockdev import TOP, Lab, wait_until
 from tests.farside import pipe
 from tests.fleets import SIZE, Fleet
+from tests.terminal import Terminal
 from tests.test_events import filled, identical
 
 on_loop = pytest.mark.needs("root", "loop", "bpf")
@@ -224,3 +227,29 @@ def test_it_is_compressed_as_it_is_asked_for(shared: Lab, monkeypatch: pytest.Mo
         assert identical(device, replica)
     assert wire["12"] < wire["1"] < LARGE < wire["none"]
     assert wire["adapt"] < LARGE
+
+
+@on_loop
+def test_a_question_of_ssh_on_the_terminal(shared: Lab) -> None:
+    """On a line of its own, where no bar is drawn over it; what follows is drawn again."""
+    device, asking = filled(shared, SIZE), shared.name("ssh")
+    shared.track(device)
+    asking.write_text(
+        '#!/bin/sh\nfor word; do [ "$word" != -G ] || exit 0; done\n'
+        f"if [ ! -e {asking}.asked ]; then touch {asking}.asked; sleep 1; exit 255; fi\n"
+        "printf 'passphrase: ' >/dev/tty; read answer </dev/tty\n"
+        "echo Permission denied: $answer >&2; exit 255\n"
+    )
+    asking.chmod(0o755)
+    words = ["sync", device, FAR, "--retry-for", "4"]
+    env = {"BLKTRACK_SSH": str(asking), "PYTHONPATH": str(TOP)}
+    with Terminal([sys.executable, "-m", "blktrack", *words], env=env) as terminal:
+        terminal.until("trying again: cannot connect to vault")
+        terminal.until("passphrase: ")
+        asked = len(terminal.screen)
+        assert re.search(r"\x1b\[2K(\x1b\[\?25h|\s)*passphrase: $", terminal.screen)
+        with pytest.raises(AssertionError, match="more did not come"):  # until somebody answers
+            wait_until(lambda: terminal.read() and len(terminal.screen) > asked, "more", 1.0)
+        terminal.send("secret\n")
+        terminal.until("Permission denied: secret")
+        assert terminal.end() == 1

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
 from blktrack.cli.meter import Meter, Reading
+from blktrack.observer import ASKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -151,6 +152,11 @@ class Screen:
             with contextlib.suppress(OSError):
                 progress.stop()
 
+    def clear(self) -> None:
+        """Take bars away, until it is time to draw them again."""
+        with self.gate:
+            self._clear()
+
     def close(self) -> None:
         """Take bars away and print the warnings that are left."""
         self._ended.set()
@@ -167,6 +173,11 @@ class Watcher(Meter):
     def __init__(self, *, quiet: bool) -> None:
         super().__init__()
         self.screen = Screen([self], quiet=quiet)
+
+    def phase(self, name: str, total: int) -> None:
+        super().phase(name, total)
+        if name == ASKING:  # below a bar nobody would find the question
+            self.screen.clear()
 
     def __enter__(self) -> Self:
         self.screen.start()
