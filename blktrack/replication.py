@@ -28,6 +28,7 @@ from blktrack.ship.stage import Stage
 from blktrack.state import DeviceState
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.status import resync_reason
+from blktrack.tracker.tracking import Gap
 
 _DURABLE = "writing back what was copied"
 _IN_FLIGHT = 16 << 20  # bytes after which the far side is asked to make durable what it has
@@ -201,6 +202,9 @@ class RemoteReplication(Replication):
     ) -> Iterator[tuple[FarStage, Callable[[ExtentArray], None] | None]]:
         """It outlives the round, and the next one goes on with it."""
         with self.replica.stage(self.link.stage) as stage:
+            if stage.id != self.link.stage and len(sets.held_extents()):
+                # It grew since this was asked: the next round gives back what was held.
+                raise Gap(f"{self.device.path} grew while it was read", hint="run it again")
             self.course.stage_in(stage.id, sets)
             check_room_for(
                 plan.extents,
