@@ -42,9 +42,9 @@ UNTRACKED, REPAIR = "it was untracked", "repair was asked for"
 
 # Points that a command comes to only if it is lucky: here, if a round was not valid.
 BY_CHANCE = {"more-added"}
-# Of a stage that is made to be kept, and of a keeper, which no local replica needs: see
-# test_partial_death.py and test_keeper.py.
-KEPT = ("part-", "serve-")
+# What no replica of this host needs: a stage that is made to be kept, a keeper, and what is noted
+# of a replica elsewhere. See test_partial_death.py, test_keeper.py and test_remote_status.py.
+ELSEWHERE = ("part-", "serve-", "away-")
 # Those of a stage that outlives its round: see test_held.py.
 HELD = {"held-added", "held-cleared", "held-returned", "stage-recorded"}
 
@@ -58,7 +58,7 @@ def points() -> tuple[str, ...]:
     names = all_points()
     assert set(names) >= BY_CHANCE | HELD
     left = BY_CHANCE | HELD
-    return tuple(name for name in names if name not in left and not name.startswith(KEPT))
+    return tuple(name for name in names if name not in left and not name.startswith(ELSEWHERE))
 
 
 @functools.cache
