@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from blktrack import crash, history, metrics
+from blktrack.bpf import install
+from blktrack.cli import main
+from blktrack.config import Paths
 from blktrack.errors import BlktrackError
 from blktrack.observer import NOBODY
 from blktrack.options import Options
 from blktrack.report import Run, SyncReport
 from blktrack.ship.diagnosis import ConnectionFailed
-from blktrack.state import DeviceState, LinkState
+from blktrack.state import DeviceState, LinkState, Store
 from blktrack.sync import sync
 from blktrack.units import KIB, MIB
 from tests.background import assert_clear
@@ -24,7 +27,7 @@ from tests.blockdev import Lab
 from tests.farside import pipe
 from tests.schema import LINK_ELSEWHERE, NO_POINT, PAST, TOP_LINK, faults
 from tests.test_events import change, filled, identical
-from tests.test_metrics import samples, value, write_policy
+from tests.test_metrics import samples, value
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 
@@ -252,22 +255,26 @@ def test_by_what_it_is_called(pair: Pair) -> None:
     assert pair.lab.blktrack("history", pair.source, "--target", "ssh://localhost/x").code == 2
 
 
-@pytest.mark.needs("root")
 def test_doctor_looks_for_ssh_where_there_is_such_a_replica(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("BLKTRACK_ROOT", str(tmp_path))
+    monkeypatch.setattr(install, "probe", lambda: None)  # it takes seconds
+
     def told() -> list[tuple[bool, str, str]]:
-        checks = json.loads(lab.blktrack("doctor", "--json").out)["checks"]
+        main(["doctor", "--json"])
+        checks = json.loads(capsys.readouterr().out)["checks"]
         return [(c["ok"], c["detail"], c["remedy"]) for c in checks if c["name"] == "ssh"]
 
     assert told() == []
     monkeypatch.setenv("BLKTRACK_SSH", "/nowhere/ssh")
-    store = lab.store
+    store = Store(Paths.from_environment())
     store.save_device(DeviceState("one", "/dev/blktrack-none", ""))
     store.save_link("one", LinkState("link", "far", "/near"))
     assert told() == []
     policy = '[device.a]\npath = "/dev/vg/a"\n[device.a.replica.b]\ntarget = "ssh://h/x"\n'
-    write_policy(lab, policy)
+    store.paths.policy.parent.mkdir(parents=True)
+    store.paths.policy.write_text(policy, encoding="utf-8")
     assert [ok for ok, *_ in told()] == [False]
     store.paths.policy.write_text("", encoding="utf-8")
     store.save_link("one", LinkState("link", "far", "ssh://h/x"))
