@@ -3,12 +3,14 @@
 The source sends a digest of each unit of what it read; the keeper answers, for the units whose
 bytes are others, with digests of their granules. So what is the same costs 16 bytes of 64 KiB, and
 what differs is found to the granule in one exchange. The digests are keyed by the connection:
-nobody who writes to the source can have made two blocks with the same one.
+nobody who writes to the source can have made two blocks with the same one. SHA-256 is what
+processors have instructions for: with them it is three times as fast as BLAKE2b.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -43,7 +45,7 @@ def units(pieces: Sequence[Piece], size: int = UNIT) -> Iterator[Unit]:
 
 def digest(buffer: Buffer, unit: Unit, key: bytes) -> bytes:
     view = buffer.view[unit.at : unit.at + unit.length]
-    return hashlib.blake2b(view, digest_size=SIZE, key=key).digest()
+    return hmac.digest(key, view, "sha256")[:SIZE]
 
 
 def layout(rows: Sequence[tuple[int, int]]) -> list[Piece]:
