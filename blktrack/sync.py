@@ -27,7 +27,7 @@ from blktrack.ship.diagnosis import ConnectionFailed
 from blktrack.ship.remote import RemoteReplica, Wire
 from blktrack.ship.replica import Replica
 from blktrack.ship.retry import Retry
-from blktrack.ship.routes import PathWatch, route_to
+from blktrack.ship.routes import PathWatch, RouteLook
 from blktrack.ship.target import mount_point
 from blktrack.ship.wire.errors import ConnectionLost
 from blktrack.state import LinkState, Store
@@ -91,6 +91,7 @@ class _Run:
     options: Options
     observer: Observer
     wire: Wire = field(init=False)
+    route: RouteLook | None = None  # to the other host
 
     def __post_init__(self) -> None:
         self.wire = wire_of(self.options)
@@ -122,6 +123,7 @@ class _Run:
             while True:
                 try:
                     known = self._find_link()
+                    self.route = RouteLook(address)
                     return self._once(
                         RemoteReplica.open(
                             address,
@@ -174,7 +176,7 @@ class _Run:
     def _replication(self, replica: Replica | RemoteReplica, link: LinkState) -> Replication:
         shared = (self.store, self.device, self.number, link, self.options)
         if isinstance(replica, RemoteReplica):
-            link.route = route_to(replica.address)
+            link.route = self.route.told() if self.route else ""
             return RemoteReplication(*shared, replica)
         link.mount = "" if replica.target.device else mount_point(replica.target.path)
         return LocalReplication(*shared, replica)

@@ -18,7 +18,7 @@ import pytest
 from blktrack.ship import routes
 from blktrack.ship.address import Address
 from blktrack.ship.retry import Retry
-from blktrack.ship.routes import PathWatch, route_to
+from blktrack.ship.routes import PathWatch, RouteLook
 
 pytestmark = pytest.mark.needs("root")
 
@@ -232,7 +232,7 @@ Host proxied
             "proxied": "by a ProxyCommand",
             "no-such-host.invalid": "",
         }.items():
-            assert route_to(Address.parse(f"ssh://{host}/a")) == expected, host
+            assert RouteLook(Address.parse(f"ssh://{host}/a")).told() == expected, host
 
     in_own_network(body)
 
@@ -245,11 +245,11 @@ def test_a_route_that_takes_long_is_not_told(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     before = time.monotonic()
-    assert route_to(Address.parse("ssh://host/a")) == ""
+    assert RouteLook(Address.parse("ssh://host/a")).told() == ""
     assert time.monotonic() - before < LONG / 2
     ended.set()
     monkeypatch.setenv("BLKTRACK_SSH", "sh -c 'exec sleep 60'")
-    assert route_to(Address.parse("ssh://host/a")) == ""
+    assert RouteLook(Address.parse("ssh://host/a")).told() == ""
     assert time.monotonic() - before < LONG
     monkeypatch.setenv("BLKTRACK_SSH", "'")
-    assert route_to(Address.parse("ssh://host/a")) == ""
+    assert RouteLook(Address.parse("ssh://host/a")).told() == ""

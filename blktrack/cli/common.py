@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from blktrack.config import Paths
 from blktrack.errors import Interrupted, UsageError
 from blktrack.rates import UNLIMITED, Rates
-from blktrack.report import Report
 from blktrack.ship.address import Address, is_remote
 from blktrack.state import Store
 from blktrack.units import parse_size
 
 if TYPE_CHECKING:
     from blktrack.options import Options
+    from blktrack.report import Report
 
 
 def paths() -> Paths:

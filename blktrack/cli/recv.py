@@ -22,6 +22,7 @@ import stat
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blktrack.cli import forced
 from blktrack.cli.common import (
@@ -35,12 +36,12 @@ from blktrack.cli.common import (
     target,
 )
 from blktrack.cli.parser import Misused
-from blktrack.cli.progress import Watcher
 from blktrack.errors import UsageError
-from blktrack.report import RecvReport
 from blktrack.ship.jail import Jail
-from blktrack.ship.receive import receive
 from blktrack.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from blktrack.report import RecvReport
 
 EXITS = ("6", "128+N")
 _LOOK_EVERY = 1000  # milliseconds
@@ -150,6 +151,10 @@ def _serve(jail: Jail | None) -> int:
 
 
 def _receive(args: argparse.Namespace, jail: Jail | None) -> int:
+    # Not for --serve: its source waits for it to start.
+    from blktrack.cli.progress import Watcher
+    from blktrack.ship.receive import receive
+
     begun = time.monotonic()
     with (
         Watcher(quiet=args.quiet) as watcher,

@@ -129,23 +129,31 @@ class PathWatch:
         self._close()
 
 
-def route_to(address: Address) -> str:
-    """The way that a connection would take by now: "192.0.2.7 via 192.0.2.1 dev eth0".
+class RouteLook:
+    """A look for the way that a connection takes by now, while that is made: pyroute2 alone takes
+    a quarter of a second to be there."""
 
-    Of a host behind others it is the way to the first: "jump host gate: 192.0.2.9 dev eth0". "" if
-    it cannot be told within a second, as where a name is not resolved.
-    """
-    found: list[str] = []
+    def __init__(self, address: Address) -> None:
+        self._found: list[str] = []
+        self._until = time.monotonic() + _PATIENCE
+        # A daemon: nobody waits any longer for a name server that does not answer.
+        self._thread = threading.Thread(
+            target=self._look, args=[address], name="route", daemon=True
+        )
+        self._thread.start()
 
-    def look() -> None:
+    def told(self) -> str:
+        """What was found: "192.0.2.7 via 192.0.2.1 dev eth0".
+
+        Of a host behind others it is the way to the first: "jump host gate: 192.0.2.9 dev eth0". ""
+        if it cannot be told within a second of the beginning, as where a name is not resolved.
+        """
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        return self._found[0] if self._found else ""
+
+    def _look(self, address: Address) -> None:
         with contextlib.suppress(Exception):  # what is shown beside a link must not be its trouble
-            found.append(_route(address))
-
-    # A daemon: nobody waits any longer for a name server that does not answer.
-    thread = threading.Thread(target=look, name="route", daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    return found[0] if found else ""
+            self._found.append(_route(address))
 
 
 def _route(address: Address) -> str:
