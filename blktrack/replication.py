@@ -68,7 +68,7 @@ class Replication(Round):
             return "resync", "the replica was made by a link that is not known here"
         if reason := resync_reason(state, self.link):
             return "resync", reason
-        if record.lacks(self.link.cursor):
+        if record.point != self.link.cursor:
             return "resync", "the replica is not at the point that it was brought to"
         return "incremental", ""
 
@@ -100,8 +100,8 @@ class Replication(Round):
         crash.point("ship-planned")
         increment, replica = plan.mode == "incremental", self.replica
         if plan.mode == "nothing":
-            # Not announced: nothing was taken that could be shipped again.
             shipped = self.capture(plan, sets, observer, replica.end)
+            self.course.announce(shipped.point)
             replica.commit(shipped.point)
         elif increment and self.can_stage:
             with self.staging(plan, sets, observer) as (stage, durable):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -262,3 +263,29 @@ def test_untracking_forgets_a_rest(host: Host) -> None:
     assert not list(host.lab.store.paths.lib.glob("devices/*/*rest*"))
     host.blktrack("track", host.device)
     assert host.lab.sync(host.device, host.replica).mode == "resync"
+
+
+def test_a_source_that_went_back_to_where_it_was_stopped(host: Host) -> None:
+    """As a virtual machine does: its disk and all that it remembers, but not its replica."""
+    host.blktrack("stop", host.device)
+    lib, kept = host.lab.store.paths.lib, host.lab.name("kept")
+    shutil.copytree(lib, kept)
+    before = host.file.read_bytes()
+    host.blktrack("start", host.device)
+    for place in (MIB, 2 * MIB):
+        host.write(place)
+        host.lab.sync(host.device, host.replica)
+    host.blktrack("stop", host.device)
+
+    def go_back() -> None:
+        shutil.rmtree(lib)
+        shutil.copytree(kept, lib)
+        host.file.write_bytes(before)
+
+    host.reboot(go_back)
+    assert host.blktrack("start") == f"{host.device}: resumed\n"
+    host.write(3 * MIB)
+    done = host.lab.sync(host.device, host.replica)
+    assert host.is_identical()
+    assert (done.mode, done.bytes_shipped) == ("resync", 12 * KIB)
+    assert "not at the point that it was brought to" in done.reason

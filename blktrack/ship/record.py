@@ -139,11 +139,6 @@ class Record:
     # while it waits.
     next: Point | None = None
 
-    def lacks(self, point: Point) -> bool:
-        """Whether the replica was never brought to this point, or went back behind it."""
-        own = self.point
-        return own is None or own.generation != point.generation or own.epoch < point.epoch
-
     def changed(self, now: Seal) -> str:
         """What happened to the replica since this was written: a clause, "" if nothing is seen."""
         seal = self.seal

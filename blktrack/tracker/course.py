@@ -31,19 +31,18 @@ class Course:
         generation -- that of the tracking.
 
         All that was taken and staged when a point was announced is part of it, and nothing is
-        added to that before this is called: what changed since is pending.
+        added to that before this is called: what changed since is pending. To no other point is
+        followed, though it be of the same generation and later: a source that was set back, or of
+        which there are two, knows nothing of the changes that led there.
         """
-        link, cursor = self.link, self.link.cursor
-        if point is not None and point.generation != generation:
-            point = None
-        arrived = point is not None and point == link.sealing
-        behind = cursor is None or cursor.generation != generation
-        if point and (arrived or behind or (cursor and cursor.epoch < point.epoch)):
-            link.move_to(point)
-        elif link.sealing:
-            link.sealing = None
-        else:
+        link = self.link
+        if link.sealing is None:
             return False
+        arrived = point == link.sealing and link.sealing.generation == generation
+        if arrived:
+            link.move_to(link.sealing)
+        else:
+            link.sealing = None
         self._save()
         crash.point("catch-up-recorded")
         return arrived

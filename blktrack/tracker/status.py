@@ -198,7 +198,7 @@ def of_replica(store: Store, link: LinkState, cursor: Point) -> tuple[str, str, 
     at_point = record is None or record.state is State.READY
     if change:
         return "resync", f"the replica is not as it was left: {change}", at_point
-    if record is None or record.lacks(cursor):
+    if record is None or record.point not in (cursor, link.sealing or cursor):
         return "resync", "the replica is not at the point that it was brought to", at_point
     if record.state is State.APPLYING:
         return "unfinished", "an increment is half in it: the next sync goes on with that", False
