@@ -251,3 +251,20 @@ def test_replica_put_to_another_use(store: Store) -> None:
         assert "--force" in error.hint
         with store.open(target, force=True) as replica:
             assert replica.changed != ""
+
+
+@pytest.mark.needs("ext4")
+def test_a_file_that_was_removed_and_made_anew(store: Store) -> None:
+    """By us, with the inode of the one before, as ext4 has it: nothing of that copy is there."""
+    file = store.disks.mount(store.disks.loop(64 * MIB), "ext4") / "replica.img"
+    replica = store.open(file)
+    replica.begin(State.UNFINISHED, "g")
+    kept = file.with_name("replica.img.blktrack") / "replica.json"
+    dead = kept.read_bytes()  # as a death leaves it
+    replica.close()
+    kept.write_bytes(dead)
+    inode = file.stat().st_ino
+    file.unlink()
+    with store.open(file) as replica:
+        assert file.stat().st_ino == inode
+        assert replica.record is None

@@ -266,8 +266,8 @@ class Replica:
         record = self._place.read()
         if record is not None:
             now = self._place.seal(digest=bool(record.seal.digest))
-            if self._is_gone(record.seal, now):
-                record = None
+            if self._created or self._is_gone(record.seal, now):
+                record = None  # a new file may well have the inode of the one that was removed
             elif reason := self._belongs(record, link):
                 if writable and not force:
                     raise Refused(
