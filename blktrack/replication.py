@@ -28,7 +28,6 @@ from blktrack.ship.stage import Stage
 from blktrack.state import DeviceState
 from blktrack.tracker.link import LinkSets
 from blktrack.tracker.status import resync_reason
-from blktrack.tracker.tracking import Gap
 
 _DURABLE = "writing back what was copied"
 _IN_FLIGHT = 16 << 20  # bytes after which the far side is asked to make durable what it has
@@ -196,15 +195,20 @@ class RemoteReplication(Replication):
     def stage_id(self) -> str | None:
         return self.replica.stage_id if self.can_stage else None
 
+    def stage_mark(self) -> int:
+        return self.replica.stage_mark
+
     @contextlib.contextmanager
     def staging(
         self, plan: Plan, sets: LinkSets, observer: Observer
     ) -> Iterator[tuple[FarStage, Callable[[ExtentArray], None] | None]]:
         """It outlives the round, and the next one goes on with it."""
-        with self.replica.stage(self.link.stage) as stage:
-            if stage.id != self.link.stage and len(sets.held_extents()):
-                # It grew since this was asked: the next round gives back what was held.
-                raise Gap(f"{self.device.path} grew while it was read", hint="run it again")
+
+        def durable(done: ExtentArray) -> None:
+            self.course.mark(stage.end.mark)
+            sets.staged(done)
+
+        with self.replica.stage(self.link.stage, sets.size) as stage:
             self.course.stage_in(stage.id, sets)
             check_room_for(
                 plan.extents,
@@ -214,7 +218,7 @@ class RemoteReplication(Replication):
                 stop=self.options.stop,
                 observer=observer,
             )
-            yield stage, sets.staged
+            yield stage, durable
 
     def depart(self) -> None:
         self.course.depart()

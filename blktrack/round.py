@@ -89,6 +89,10 @@ class Round(ABC):
         if it kept none, None where no stage outlives its round."""
         return None
 
+    def stage_mark(self) -> int:
+        """How much of that stage the receiver has, as it was told of before."""
+        return 0
+
     @property
     def read_limit(self) -> Rates:
         """Bytes of the source to read per second."""
@@ -144,7 +148,7 @@ class Round(ABC):
                     self.store.save_link(self.number, link)
                 if arrived:
                     sets.all_shipped()
-                self.course.go_on(self.stage_id(), sets)
+                self.course.go_on(self.stage_id(), sets, self.stage_mark())
                 if mode == "incremental" or resumed:
                     extents = sets.take()
                 else:

@@ -34,9 +34,10 @@ replaced in one step, so a process may die between any two stores. What is then 
 - ship, an increment in place: the replica's record says half-way from its point, data, flush; no
   bit is cleared before the commit. Died before that: all of it is shipped again, into what was
   written of it as into a replica that was restored to that point.
-- ship, an increment staged elsewhere: LINK.json names the stage; data, flush there, bits are set in
-  `held` and then cleared in `shipping`. Died in between: shipped again, over what is there. After:
-  the next sync ships the rest into that stage, and seals what it holds with it.
+- ship, an increment staged elsewhere: LINK.json names the stage; data, flush there, LINK.json says
+  how much of it there is, bits are set in `held` and then cleared in `shipping`. Died in between:
+  shipped again, over what is there. After: the next sync ships the rest into that stage, and seals
+  what it holds with it.
 - give back, if another stage or none is there: bits of `held` are set in `shipping`, `held` is
   cleared, LINK.json names no stage. Died in between: given back again.
 - commit: LINK.json has the point to come, the replica's record says that it is there, LINK.json has
@@ -149,6 +150,7 @@ class LinkState:
     sent: list[Point] = field(default_factory=list)  # where streams led of which no commit is known
     settles: bool = False  # the commit of the last of them leaves nothing in `shipping`
     stage: str = ""  # the id of the stage elsewhere that `held` is about
+    mark: int = 0  # how much of it its keeper has, at least, while it holds all of `held`
     sealing: Point | None = None  # which the replica was asked to commit, and may have
     away: bool = False  # a replica elsewhere is on its way from one point to another
 
@@ -160,7 +162,7 @@ class LinkState:
         self.cursor = point
         self.phase = self.filled = self.reason = ""
         self.sent, self.settles = [], False
-        self.stage, self.sealing, self.away = "", None, False
+        self.stage, self.mark, self.sealing, self.away = "", 0, None, False
 
 
 @dataclass

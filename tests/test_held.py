@@ -6,6 +6,7 @@ The sync dies or its stage goes; the next one ships what is not held there, and 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_a_stage_that_is_another(away: Away) -> None:
     away.finish(shipped=CHANGED)
 
 
+def test_a_stage_that_went_back(away: Away) -> None:
+    """Its journal has lost what was staged last, as by damage or in a file system that was set
+    back: all is covered still, by what is older."""
+    away.die("sealing-recorded")
+    journal = away.state / JOURNAL
+    before = journal.stat().st_size
+    away.write(MIB)
+    away.die("sealing-recorded")
+    assert journal.stat().st_size > before
+    os.truncate(journal, before)
+    away.finish(shipped=CHANGED)
+
+
 @pytest.mark.parametrize("words", [["--in-place"], ["--full"]])
 def test_another_way_to_ship(away: Away, words: list[str]) -> None:
     away.cut()
@@ -242,6 +256,26 @@ def test_a_device_that_grows_once_its_replica_is_open(
 
     monkeypatch.setattr(RemoteReplica, "_take", take_and_grow)
     assert away.lab.sync(away.device, away.target).mode == "incremental"
+    away.assert_settled()
+
+
+def test_a_device_that_grows_before_more_is_staged(
+    away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away.cut()
+    watch, times = LinkSets.watch, 0
+
+    def watch_and_grow(sets: LinkSets) -> None:
+        nonlocal times
+        times += 1
+        watch(sets)
+        if times == 1:
+            grow(away)
+
+    monkeypatch.setattr(LinkSets, "watch", watch_and_grow)
+    done = sync.sync(away.lab.store, away.device, away.target, Options(), Silent())[0]
+    assert (done.mode, done.consistency) == ("incremental", "crash")
+    assert times > 1
     away.assert_settled()
 
 

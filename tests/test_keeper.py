@@ -76,7 +76,7 @@ def test_a_copy_in_place(replica: Replica) -> None:
     assert (end.code, end.err) == (0, "")
     opened, *others = end.answers()
     assert (opened["record"]["point"], opened["changed"]) == (point(7), "")
-    assert others == [{}, {"size": SIZE}, {}, {}]
+    assert others == [{}, {"size": SIZE}, {"mark": 0}, {}]
     for start, length in rows:
         replica.image[start : start + length] = BLOCK * (length // PAGE)
     replica.image[:PAGE], replica.image[-100:] = bytes(PAGE), bytes(100)
@@ -115,13 +115,15 @@ def test_an_increment_is_gone_on_with(replica: Replica) -> None:
     """What was flushed is there for the next connection; what was not, may be sent again."""
     with replica.keeper() as keeper:
         keeper.send(open_(replica.target), stage(2), write(PAGE, BLOCK), FLUSH)
-        keeper.answer(3)
+        mark = json.loads(keeper.answer(3))["mark"]
         keeper.send(write(2 * PAGE, bytes(PAGE)), made.message(made.PING))
         keeper.kill()
         keeper.ended()
     with replica.keeper() as keeper:
         keeper.send(open_(replica.target))
-        id_ = json.loads(keeper.answer(1))["stage"]
+        found = json.loads(keeper.answer(1))
+        id_ = found["stage"]
+        assert found["mark"] >= mark > 0
         keeper.send(stage(2, id_), zero((2 * PAGE, PAGE)), write(3 * PAGE, BLOCK))
         keeper.send(seal(4, 8, ROWS), APPLY)
         end = keeper.end()

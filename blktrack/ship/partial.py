@@ -8,9 +8,10 @@ told. So what a whole frame says is in the pack, whatever died in between. Behin
 frame both files may hold anything: who goes on cuts them there.
 
 The digest of a frame is over those before it too: one that was left behind by another history of
-the file is none of this. A frame that is damaged ends the journal: less is kept, and comes again.
-With a damaged head nothing is kept. All that is read is checked first, and no memory is taken by a
-number that was only read.
+the file is none of this. A frame that is damaged ends the journal: less is kept. That less is there
+shows in its length, which its user was told: what was staged twice would still be covered, by what
+came first. With a damaged head nothing is kept. All that is read is checked first, and no memory is
+taken by a number that was only read.
 """
 
 from __future__ import annotations
@@ -83,17 +84,20 @@ class _Frame(NamedTuple):
 class Journal:
     """Open to be appended to, by one thread."""
 
-    def __init__(self, path: Path, fd: int, digest: bytes) -> None:
+    end: int  # bytes of it that are durable
+
+    def __init__(self, path: Path, fd: int, digest: bytes, end: int) -> None:
         self._path = path
         self._fd = fd
         self._digest = digest
+        self.end = end
 
     @classmethod
     def create(cls, folder: Path, partial: Partial) -> Self:
         """A new one, durable once its folder is. OSError."""
         path = folder / JOURNAL
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        journal = cls(path, os.open(path, flags, 0o600), b"")
+        journal = cls(path, os.open(path, flags, 0o600), b"", 0)
         try:
             data = json.dumps({"format": FORMAT, **asdict(partial)}).encode()
             journal._put([journal._frame(data, 0)])
@@ -116,7 +120,7 @@ class Journal:
                 raise
         except OSError as error:
             raise EndError(str(path), "resume", None, error) from error
-        return cls(path, fd, found.digest)
+        return cls(path, fd, found.digest, found.end)
 
     def append(self, rows: Index, packed: int) -> None:
         """Rows whose data is durable in the first `packed` bytes of the pack; durable on return.
@@ -136,10 +140,12 @@ class Journal:
 
     def _put(self, frames: list[bytes]) -> None:
         left = memoryview(b"".join(frames))
+        length = len(left)
         while left:
             left = left[os.write(self._fd, left) :]
         crash.point("part-written")
         os.fdatasync(self._fd)
+        self.end += length
 
     def close(self) -> None:
         if self._fd >= 0:

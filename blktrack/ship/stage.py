@@ -87,6 +87,12 @@ class Stage:
         return self.header.point if self.header else None
 
     @property
+    def mark(self) -> int:
+        """How much of one that is kept is durable, in bytes of its journal. Where it is less than
+        it was, something is missing: damaged, or of a file system that was set back."""
+        return self._journal.end if self._journal else 0
+
+    @property
     def staged(self) -> ExtentArray:
         """What one that is kept holds durably."""
         return extent.union(extent.empty(), self.end.index()[: self._noted, :2])

@@ -47,15 +47,17 @@ class Course:
         crash.point("catch-up-recorded")
         return arrived
 
-    def go_on(self, stage: str | None, sets: LinkSets) -> None:
+    def go_on(self, stage: str | None, sets: LinkSets, mark: int = 0) -> None:
         """Have what is held shipped, unless the receiver still holds it.
 
         stage -- the id of the unsealed stage that it has and that this round goes on with; "" if
             there is none, None if this round will have none.
+        mark -- how much of it there is: with less than was told before, it holds older bytes, or
+            none, where it held those that count.
         """
         if stage is not None:
             sets.make_held()
-        if not stage or stage != self.link.stage:
+        if not stage or stage != self.link.stage or mark < self.link.mark:
             sets.give_back()
             if self.link.stage:
                 self.link.stage = ""
@@ -70,9 +72,14 @@ class Course:
             return
         if len(sets.held_extents()):
             raise ValueError(f"what is held is in the stage {self.link.stage!r}, not in {stage!r}")
-        self.link.stage = stage
+        self.link.stage, self.link.mark = stage, 0
         self._save()
         crash.point("stage-recorded")
+
+    def mark(self, mark: int) -> None:
+        """So much of the stage is durable by now: to be told before `sets.staged` is."""
+        self.link.mark = mark
+        self._save()
 
     def depart(self) -> None:
         """The receiver, which nobody can look at later, is going to be taken from its point."""

@@ -116,6 +116,7 @@ class Session:
             "align": self._data.unit,
             "stages": near is None or near.number not in devices_below(replica.folder),
             "stage": self._stage.id if self._stage else "",
+            "mark": self._stage.mark if self._stage else 0,
             "writes": [str(path) for path in replica.writes],
             **_here(),
         }
@@ -196,7 +197,7 @@ class Session:
                 stage.drop()
             raise
 
-    def _flush(self, fields: Fields) -> None:
+    def _flush(self, fields: Fields) -> dict[str, Any]:
         if self._data.writes is None:
             raise wrong("it flushes before it has begun")
         if self._stage is None:
@@ -205,6 +206,7 @@ class Session:
             with self._room_kept():
                 self._stage.checkpoint()
         crash.point("serve-flushed")
+        return {"mark": self._stage.mark if self._stage else 0}
 
     def _seal(self, fields: Fields) -> None:
         stage = self._stage

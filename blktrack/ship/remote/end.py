@@ -23,6 +23,8 @@ from blktrack.ship.wire.message import MAX_DATA, MAX_ROWS, Kind, pack
 class FarEnd(Endpoint):
     """Bytes of a replica or of a stage beside it, elsewhere. Nothing of them is ever read."""
 
+    mark: int  # how much of a stage its keeper has told to be durable
+
     def __init__(self, path: str, size: int, client: Client, key: bytes, wire: Wire) -> None:
         super().__init__(path, size, align=1)
         self._client = client
@@ -30,6 +32,7 @@ class FarEnd(Endpoint):
         self._wire = wire
         self._compressor = Compressor()
         self._zero_ways = [self._send_zero]
+        self.mark = 0
 
     def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
         for some in _bounded(pieces):
@@ -88,7 +91,7 @@ class FarEnd(Endpoint):
         return found
 
     def _sync(self) -> None:
-        self._client.request(Kind.FLUSH, {})
+        self.mark = self._client.request(Kind.FLUSH, {}).number("mark")
         self._wire.durable()
 
     def _read(self, view: memoryview, offset: int) -> None:

@@ -27,12 +27,15 @@ from blktrack.sysfs import BlockDevice, boot_id
 class FarStage:
     """An increment that is being staged beside a replica elsewhere, where it is kept."""
 
-    def __init__(self, replica: RemoteReplica, id: str, folder: str, free: int | None) -> None:
-        """free -- bytes that can still be staged in `folder` of that host; None: nobody knows."""
+    def __init__(
+        self, replica: RemoteReplica, id: str, size: int, folder: str, free: int | None
+    ) -> None:
+        """size -- of the source. free -- bytes that can still be staged in `folder` of that host;
+        None: nobody knows."""
         self.id = id
         self.folder = f"{replica.address.name}:{folder}"
         self.free = free
-        self.end = replica.far_end(replica.source.size)
+        self.end = replica.far_end(size)
         self._replica = replica
 
     def seal(self, extents: ExtentArray, point: Point) -> None:
@@ -72,6 +75,8 @@ class RemoteReplica:
         self._key = os.urandom(digests.KEY_SIZE)
         self._held = contextlib.ExitStack()
         self._stage, self._stage_size = "", 0  # what is staged there, and for how large a source
+        self._mark = 0  # how much of it was there when it was opened
+        self._staged: FarStage | None = None  # by this connection
         self.writes: list[Path] = []  # on this host, if the keeper is on it too
 
     @classmethod
@@ -122,7 +127,7 @@ class RemoteReplica:
         self.changed = found.text("changed")
         self.blank = found.flag("blank")
         self.can_stage = found.flag("stages")
-        self._stage = found.text("stage")
+        self._stage, self._mark = found.text("stage"), found.number("mark")
         if found.text("boot") == boot_id():
             paths = found.get("writes")
             self.writes = [Path(str(path)) for path in paths] if isinstance(paths, list) else []
@@ -135,6 +140,11 @@ class RemoteReplica:
         """Of what is staged for the next point and can be gone on with; "" if nothing is. A stage
         is for a source of one size."""
         return self._stage if self._stage_size == self.source.size else ""
+
+    @property
+    def stage_mark(self) -> int:
+        """How much of it is there, as `FarStage.mark` told it before."""
+        return max(self._mark, self._staged.end.mark if self._staged else 0)
 
     @property
     def has_point(self) -> bool:
@@ -151,15 +161,16 @@ class RemoteReplica:
         """Refused if it cannot hold the source as that is by now."""
         self.ask(Kind.ROOM, {})
 
-    def stage(self, resume: str) -> FarStage:
-        """Begin an increment, or go on with the one of this id, if it is there."""
-        size = self.source.size
+    def stage(self, resume: str, size: int) -> FarStage:
+        """Begin an increment of a source of `size` bytes, or go on with the one of this id, if it
+        is there and of that size."""
         found = self.ask(Kind.STAGE, {"resume": resume, "size": size})
         self._stage = found.uuid("id")
         if self._stage != resume:
-            self._stage_size = size
+            self._stage_size, self._mark = size, 0
         free = found.number("free") if found.has("free") else None
-        return FarStage(self, self._stage, found.text("folder"), free)
+        self._staged = FarStage(self, self._stage, size, found.text("folder"), free)
+        return self._staged
 
     def apply(
         self,
