@@ -99,7 +99,9 @@ class Recorder(FileEnd):
         assert self.may_write.wait(30)
         super()._write(view, offset)
 
-    def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
+    def write_many(
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+    ) -> None:
         assert self.may_write.wait(30)
         super().write_many(pieces, buffer, requests)
 

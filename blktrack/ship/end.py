@@ -115,19 +115,22 @@ class Endpoint(ABC):
                 self._zero_ways = ways[index:]
             return
 
-    def read_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> list[Piece]:
+    def read_many(
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+    ) -> list[Piece]:
         """Read many pieces at once; those that failed, or could not be read this way."""
         return self._many(pieces, buffer, requests, write=False)
 
-    def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
+    def write_many(
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+    ) -> None:
         """Write many pieces at once; durable after flush()."""
         for start, length, at in self._many(pieces, buffer, requests, write=True):
             self.write(buffer.view[at : at + length], start)
 
     def read_all(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None) -> None:
         """Read many pieces, at once if there are requests for it."""
-        left = self.read_many(pieces, buffer, requests) if requests else pieces
-        for start, length, at in left:
+        for start, length, at in self.read_many(pieces, buffer, requests):
             self.read_into(buffer.view[at : at + length], start)
 
     def differences(
@@ -160,10 +163,10 @@ class Endpoint(ABC):
         return found
 
     def _many(
-        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue, *, write: bool
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None, *, write: bool
     ) -> list[Piece]:
         rows = np.array(pieces, dtype=np.int64).reshape(-1, 3)
-        if self.align == 1 or ((rows[:, 0] | rows[:, 1]) % self.align).any():
+        if requests is None or self.align == 1 or ((rows[:, 0] | rows[:, 1]) % self.align).any():
             return pieces
         moved = requests.move(self._direct, buffer, rows, write=write)
         # Short ones too: the plain call goes on to the end or says why it cannot.

@@ -110,7 +110,9 @@ class Packer(Endpoint):
         self._file.flush()
         return self._used
 
-    def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
+    def write_many(
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+    ) -> None:
         for place, begin, end, inside in _runs([(piece, piece.at) for piece in pieces]):
             if end - begin < _LARGE:
                 for start, length, at in inside:
@@ -200,7 +202,9 @@ class Unpacker(Endpoint):
         self._file = file
         self._index = index
 
-    def read_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> list[Piece]:
+    def read_many(
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+    ) -> list[Piece]:
         asked: list[tuple[Piece, int]] = []
         for piece, place in zip(pieces, self._places(pieces), strict=True):
             if place == ZERO:

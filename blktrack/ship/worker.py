@@ -166,9 +166,7 @@ class Crew:
 
     def _read(self, batch: Batch, hand: _Hand, outcome: Outcome) -> Batch:
         """Read the source; the pieces, or parts of them, that could be."""
-        failed = batch
-        if requests := hand.requests(batch):
-            failed = self._source.read_many(batch, hand.source, requests)
+        failed = self._source.read_many(batch, hand.source, hand.requests(batch))
         if not failed:
             outcome.read += sum(length for _, length, _ in batch)
             return batch
@@ -233,11 +231,7 @@ class Crew:
         outcome.zeroed += sum(length for _, length, _ in zeroes)
         if not self._known_zero:
             self._zero(zeroes, hand)
-        if requests := hand.requests(data):
-            self._replica.write_many(data, hand.source, requests)
-        else:
-            for start, length, at in data:
-                self._replica.write(hand.source.view[at : at + length], start)
+        self._replica.write_many(data, hand.source, hand.requests(data))
         outcome.written += sum(length for _, length, _ in data)
 
 

@@ -29,8 +29,7 @@ class Data:
         # Untouched pages of it cost nothing.
         self._buffer = Buffer(MAX_DATA + 2 * MAX_ROWS * PAGE)
         self._requests: RequestQueue | None = None
-        with contextlib.suppress(OSError):
-            self._requests = RequestQueue(MAX_REQUESTS)
+        self._tried = False
 
     def write(self, message: Message) -> None:
         rows = message.rows.tolist()
@@ -40,11 +39,7 @@ class Data:
         for piece in pieces:
             view[piece.at : piece.at + piece.length] = message.data[at : at + piece.length]
             at += piece.length
-        if self._requests:
-            end.write_many(pieces, self._buffer, self._requests)
-            return
-        for start, length, place in pieces:
-            end.write(view[place : place + length], start)
+        end.write_many(pieces, self._buffer, self._requests_for(end))
 
     def zero(self, message: Message) -> None:
         rows = message.rows.tolist()
@@ -59,11 +54,7 @@ class Data:
         if end is None or any(start + length > end.size for start, length in rows):
             raise wrong("it compares what is not there")
         pieces = digests.layout(rows)
-        left = pieces
-        if self._requests:
-            left = end.read_many(pieces, self._buffer, self._requests)
-        for start, length, at in left:
-            end.read_into(self._buffer.view[at : at + length], start)
+        end.read_all(pieces, self._buffer, self._requests_for(end))
         granularity = int.from_bytes(message.data[:4], "little")
         if granularity < _LEAST:
             raise wrong("it compares less than a sector")
@@ -82,6 +73,14 @@ class Data:
             end.read_into(self._buffer.view[piece.at : piece.at + length], start)
             return self._buffer.is_zero(piece.at, length)
         return False
+
+    def _requests_for(self, end: Endpoint) -> RequestQueue | None:
+        """Where they are of use: to be made and given back takes the kernel 30 ms."""
+        if end.align > 1 and not self._tried:
+            self._tried = True
+            with contextlib.suppress(OSError):
+                self._requests = RequestQueue(MAX_REQUESTS)
+        return self._requests
 
     def _checked(self, rows: list[list[int]]) -> Endpoint:
         end = self.writes

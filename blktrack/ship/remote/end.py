@@ -34,7 +34,9 @@ class FarEnd(Endpoint):
         self._zero_ways = [self._send_zero]
         self.mark = 0
 
-    def write_many(self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue) -> None:
+    def write_many(
+        self, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+    ) -> None:
         for some in _bounded(pieces):
             rows = [(start, length) for start, length, _ in some]
             self._send(rows, [buffer.view[at : at + length] for _, length, at in some])
