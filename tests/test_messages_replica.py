@@ -110,16 +110,18 @@ def test_what_a_target_holds_is_not_known(shared: Lab, blkid: str, says: str, re
     assert shared.sync(device, replica).mode == "initial"
 
 
-def test_a_pack_that_cannot_be_cut() -> None:
-    fd = os.memfd_create("pack", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, MIB)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    with os.fdopen(fd, "r+b", buffering=0) as file:
-        end = FileEnd(f"/proc/self/fd/{file.fileno()}", writable=True)
+def test_a_pack_that_cannot_be_cut(tmp_path: Path) -> None:
+    path = tmp_path / "pack"
+    path.touch()
+    sealed = os.memfd_create("pack", os.MFD_ALLOW_SEALING)
+    os.ftruncate(sealed, MIB)
+    fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    with FileEnd(str(path), writable=True) as end:
+        os.dup2(sealed, end.fileno())  # a path that leads there is a link, which is not followed
+        os.close(sealed)
         packer = Packer(end, MIB)
         with pytest.raises(EndError, match=r"cannot resize .*: Operation not permitted") as caught:
             packer.finish()
-        end.close()
     assert "write protection" in caught.value.hint
 
 
