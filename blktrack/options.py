@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from blktrack.errors import BlktrackError, Interrupted, NoPoint
 from blktrack.history import KEEP
 from blktrack.observer import Observer
+from blktrack.point import Point
 from blktrack.quiesce.freeze import CAP
 from blktrack.rates import UNLIMITED, Rates
 from blktrack.ship.wire.hello import PATIENCE
@@ -36,6 +37,9 @@ class Options:
     history: float = KEEP  # seconds for which what runs did is remembered
     stop: threading.Event = field(default_factory=threading.Event)
     signum: int = 0  # set together with `stop`
+    announced: Point | None = (
+        None  # the point that a receiver was asked to commit last, by this run
+    )
     # Of a replica on another host:
     compress: Setting = "adapt"  # zstd's level
     retry_for: float = 60.0  # seconds without progress in which a lost connection is tried again

@@ -52,15 +52,17 @@ class Replication(Round):
         """Whether an increment can be staged beside the replica."""
 
     def mode(self, state: DeviceState) -> tuple[str, str]:
-        record = self.replica.record
-        if self.options.full:
+        record, options = self.replica.record, self.options
+        # What was asked for may have been done by this run, which did not hear of it.
+        done = options.announced is not None and self.link.cursor == options.announced
+        if options.full and not done:
             return "initial", "a full copy was asked for"
         if record is None:
             return "initial", "the replica is new" if self.link.cursor else ""
         if self.link.phase == "initial":
             return "initial", self.link.reason
-        if self.options.resync:
-            return "resync", self.options.resync
+        if options.resync and not done:
+            return "resync", options.resync
         if self.replica.changed:
             return "resync", f"the replica is not as it was left: {self.replica.changed}"
         if self.link.cursor is None:
@@ -70,6 +72,10 @@ class Replication(Round):
         if record.point != self.link.cursor:
             return "resync", "the replica is not at the point that it was brought to"
         return "incremental", ""
+
+    def _announce(self, point: Point) -> None:
+        self.options.announced = point
+        self.course.announce(point)
 
     def committed(self) -> Point | None:
         record = self.replica.record
@@ -100,13 +106,13 @@ class Replication(Round):
         increment, replica = plan.mode == "incremental", self.replica
         if plan.mode == "nothing":
             shipped = self.capture(plan, sets, observer, replica.end)
-            self.course.announce(shipped.point)
+            self._announce(shipped.point)
             replica.commit(shipped.point)
         elif increment and self.can_stage:
             with self.staging(plan, sets, observer) as (stage, durable):
                 shipped = self.capture(plan, sets, observer, stage.end, durable=durable)
                 observer.phase(_DURABLE, 0)
-                self.course.announce(shipped.point)
+                self._announce(shipped.point)
                 whole = extent.union(shipped.read, sets.held_extents())
                 stage.seal(whole, shipped.point)
                 observer.phase("apply", extent.total(whole))
@@ -132,7 +138,7 @@ class Replication(Round):
                 error.hint += "; until then the replica, written in place, is at no point"
                 raise
             observer.phase(_DURABLE, 0)
-            self.course.announce(shipped.point)
+            self._announce(shipped.point)
             replica.commit(shipped.point)
         return shipped
 

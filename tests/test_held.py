@@ -17,9 +17,11 @@ from blktrack import extent, sync
 from blktrack.capture import Source
 from blktrack.extent import ExtentArray
 from blktrack.options import Options
+from blktrack.point import Point
 from blktrack.ship.fields import Fields
 from blktrack.ship.partial import JOURNAL
 from blktrack.ship.remote.replica import RemoteReplica
+from blktrack.ship.wire.errors import ConnectionLost
 from blktrack.state import LinkState
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import status
@@ -295,4 +297,21 @@ def test_a_device_that_grows_while_it_is_read(away: Away, monkeypatch: pytest.Mo
     done = sync.sync(away.lab.store, away.device, away.target, Options(), Silent())[0]
     assert (done.mode, done.consistency) == ("incremental", "crash")
     assert reads > 1
+    away.assert_settled()
+
+
+def test_a_full_copy_whose_commit_nobody_heard_of_is_not_made_again(
+    away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = RemoteReplica.commit
+
+    def lost(replica: RemoteReplica, point: Point) -> None:
+        monkeypatch.setattr(RemoteReplica, "commit", commit)
+        commit(replica, point)
+        raise ConnectionLost("far", "it ended")
+
+    monkeypatch.setattr(RemoteReplica, "commit", lost)
+    options = Options(full=True, retry_for=60.0)
+    report = sync.sync(away.lab.store, away.device, away.target, options, Silent())[0]
+    assert report.mode == "nothing"
     away.assert_settled()
