@@ -315,3 +315,14 @@ def test_a_full_copy_whose_commit_nobody_heard_of_is_not_made_again(
     report = sync.sync(away.lab.store, away.device, away.target, options, Silent())[0]
     assert report.mode == "nothing"
     away.assert_settled()
+
+
+def test_what_a_keeper_says_before_it_speaks_the_protocol(
+    away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away.far.folder.chmod(0o777)
+    serve = away.far.serve("--restrict", str(away.far.folder))
+    monkeypatch.setenv("BLKTRACK_SSH", serve)
+    done = away.lab.blktrack("sync", away.device, away.target)
+    assert done.code == 1
+    assert "far: everybody on this host may write in" in done.err and "chmod o-w" in done.err

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from blktrack.ship.keeper import _told
 from tests import handmade as made
 from tests.keepers import (
     HELLO,
@@ -745,3 +746,9 @@ def test_the_key_is_of_the_connection(untouched: Replica) -> None:
         keeper.send(open_(untouched.target, key=other.hex()), compare(2, [(0, UNIT)], [data], UNIT))
         assert keeper.answer(2) not in (b"", b"\0\0\0\0" + digest(data))
         assert keeper.end().code == 0
+
+
+def test_what_nobody_thought_of_is_told_too() -> None:
+    told = _told(ValueError("a number"))
+    assert (told["message"], told["exit"]) == ("it failed: a number", 1)
+    assert told["kinds"] == ["BlktrackError"]

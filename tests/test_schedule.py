@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,12 +317,13 @@ def one_schedule(lab: Lab, daemon: Cron, rounds: int) -> None:
     by_line = lab.name("single")
     assert daemon.inside.blktrack("install", "cron", "--every", "1m").code == 0
     _readme_line(daemon, single, by_line)
-    count = 0
+    count, pause = 0, threading.Event()
 
     def write() -> None:
         nonlocal count
         count += 1
         fleet.change(count)
+        pause.wait(0.3)  # a source that is always written faster than it is read has no point
 
     minutes = Minutes(fleet, daemon)
     broken, two = fleet.disks["one"].replicas["far"], fleet.disks["two"].replicas["near"]

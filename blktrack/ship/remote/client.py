@@ -58,8 +58,8 @@ class Client:
         """Send what has no answer; the seconds that sending took."""
         try:
             return self._channel.send(parts, now=now)
-        except ConnectionLost:
-            raise self._why() from None
+        except ConnectionLost as error:
+            raise self._why(error) from None
 
     def request(
         self,
@@ -161,10 +161,10 @@ class Client:
                 del self._boxes[message.request]
             box.put(message)
 
-    def _why(self) -> Exception:
+    def _why(self, error: ConnectionLost) -> Exception:
         """The keeper may have said why it ended; its last words come after the end of the pipe."""
         self._reader.join(_REASON)
-        return self._error or ConnectionLost(self._channel.peer, "it ended")
+        return self._error or error
 
     def _told(self, fields: Fields) -> BlktrackError:
         kinds = fields.get("kinds")
