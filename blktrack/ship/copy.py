@@ -138,8 +138,9 @@ def _follow(
             ledger.add(event)
             if progress is not None:
                 progress(ledger.bytes_done)
-            # Near the end the flush would only hold up `read_done` and double the last one.
-            if crew.left and error is None and ledger.due():
+            # Near the end the flush would only hold up `read_done` and double the last one. Over a
+            # slow link the end is long: what the threads have read is minutes of sending.
+            if (crew.left or ledger.bounded) and error is None and ledger.due():
                 ledger.settle()
         elif isinstance(event, ReadsEnded):
             if read_done is not None:
@@ -183,6 +184,11 @@ class _Ledger:
         if self._checkpoint is not None:
             self._done += outcome.done
             self._unsettled += sum(length for _, length in outcome.done)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether what is under way is to be bounded in bytes."""
+        return self._most is not None
 
     def due(self) -> bool:
         if self._most is not None and self._unsettled >= self._most:
