@@ -58,7 +58,7 @@ WAYS = (
     "the far disk is full",
     "the far host is unreachable",
 )
-CUTS = 45
+CUTS = 63
 POINTS = 5
 
 
