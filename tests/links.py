@@ -61,6 +61,7 @@ class _Thread:
     stored: float = 0.0
     left: float = 0.0  # processor seconds, or bytes
     since: float = 0.0
+    compress_s: float = 0.0
     cpu_s: float = 0.0
 
 
@@ -98,6 +99,7 @@ class Chooser(Protocol):
         raw: int,
         stored: int,
         *,
+        compress_s: float,
         cpu_s: float,
         send_s: float,
     ) -> None: ...
@@ -147,10 +149,11 @@ class Shipment:
         if thread.level is not None:
             part, speed = COSTS[thread.kind][thread.level]
         thread.stored = thread.raw * part
-        thread.state = "compress"
+        thread.state, thread.since = "compress", self._link.now
         thread.left = thread.cpu_s = thread.raw / speed
 
     def _enqueue(self, thread: _Thread) -> None:
+        thread.compress_s = 0.0 if thread.level is None else self._link.now - thread.since
         thread.state, thread.left = "queue", thread.stored
         self._queue.append(thread)
 
@@ -169,6 +172,7 @@ class Shipment:
             first.level,
             first.raw,
             round(first.stored),
+            compress_s=first.compress_s,
             cpu_s=first.cpu_s,
             send_s=link.now - first.since,
         )

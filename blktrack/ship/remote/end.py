@@ -50,17 +50,19 @@ class FarEnd(Endpoint):
         length = sum(len(part) for part in parts)
         level = self._wire.level.choose()
         codec, data = Codec.NONE, list[bytes | memoryview](parts)
-        cpu_s = 0.0
+        compress_s = cpu_s = 0.0
         if level is not None:
-            begun = time.thread_time()
+            begun, used = time.monotonic(), time.thread_time()
             whole = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
             if packed := self._compressor.compress(whole, level):
                 codec, data = Codec.ZSTD, [packed]
-            cpu_s = time.thread_time() - begun
+            compress_s, cpu_s = time.monotonic() - begun, time.thread_time() - used
         message = pack(Kind.WRITE, rows=rows, data=data, codec=codec, length=length)
         send_s = self._client.tell(message)
         stored = sum(len(part) for part in data)
-        self._wire.level.note(level, length, stored, cpu_s=cpu_s, send_s=send_s)
+        self._wire.level.note(
+            level, length, stored, compress_s=compress_s, cpu_s=cpu_s, send_s=send_s
+        )
 
     def _send_zero(self, start: int, length: int) -> None:
         self._client.tell(pack(Kind.ZERO, rows=[(start, length)]))

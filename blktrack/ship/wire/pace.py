@@ -58,6 +58,7 @@ _MEMORY = 2 * MIB  # so much of the latest data counts most
 _LINK_MOST = 1.25e9  # more than ssh can do
 _FULL = 0.7  # part of the time that is spent sending
 _BUFFER = 2 * MIB  # of what is sent, while which a rate that was never measured grows e times
+_UNKNOWN = 4 * MIB  # that were sent at first, and say too little of the link
 _SEARCH = 64 * MIB  # of data, while which one that was does
 _MANY = 50.0  # of these: math.exp() has an end
 _FAR = 1.5  # times as much or as little as was expected is a great surprise
@@ -68,6 +69,7 @@ _PROBE = 8  # choices after which a neighbour is looked at
 _RARELY = 64  # and where that never pays
 _NEAR = 1.25  # a neighbour that looks worse than so is looked at rarely from the beginning
 _THREADS = 4  # that compress and send
+_ALONE = 1.1  # threads that go on so much more slowly than alone are alone
 _NOTES = 12  # batches over which the course of the whole is averaged
 _NOTHING = 1e-12  # instead of a division by zero
 
@@ -94,8 +96,7 @@ class Level:
         self._setting = setting
         self._lock = threading.Lock()
         self._link = _Link()
-        self._course = _Course(clock)
-        self._processors = min(_THREADS, processors or len(os.sched_getaffinity(0)))
+        self._course = _Course(clock, processors or len(os.sched_getaffinity(0)))
         self._gain = _Profile(_GAIN, 0.1, [rung.gain for rung in _RUNGS])
         self._cost = _Profile(_COST, 0.0, [rung.cost for rung in _RUNGS])
         self._now = _START
@@ -120,13 +121,14 @@ class Level:
         raw: int,
         stored: int,
         *,
+        compress_s: float,
         cpu_s: float,
         send_s: float,
     ) -> None:
         """What became of a batch: its bytes, those that were sent, and seconds.
 
         stored -- `raw` if it was sent as it is, also where compressing it was in vain.
-        cpu_s -- of a processor, compressing: time.thread_time(), which waits for one do not change.
+        compress_s, cpu_s -- compressing, by the clock and of a processor: time.thread_time().
         send_s -- by the clock, with waits for a limit, without those for other senders.
         """
         if self._setting != "adapt" or raw <= 0:
@@ -134,7 +136,7 @@ class Level:
         rung = _RUNG_OF[level]
         with self._lock:
             weight = 1 - math.exp(-raw / _MEMORY)
-            self._course.end(stored, send_s)
+            self._course.end(compress_s, cpu_s, stored, send_s)
             self._link.note(raw, stored, self._course.rate, full=self._course.sending > _FULL)
             if level is not None:
                 self._cost.note(rung, cpu_s / raw, weight)
@@ -143,7 +145,9 @@ class Level:
 
     def _settle(self) -> None:
         times = [self._time(rung) for rung in range(len(_RUNGS))]
-        best = min(range(len(_RUNGS)), key=times.__getitem__)
+        # What is sent first goes into buffers, however slow the link: it may need every level.
+        least = 0 if self._link.sent > _UNKNOWN else _START
+        best = min(range(least, len(_RUNGS)), key=times.__getitem__)
         if times[best] < times[self._now] * (1 - _STAY):
             # One by one: the further away, the less is known.
             self._now += 1 if best > self._now else -1
@@ -151,7 +155,7 @@ class Level:
 
     def _time(self, rung: int) -> float:
         """Seconds per byte that the whole would take at a level."""
-        compressing = self._cost.at(rung) / self._processors
+        compressing = self._cost.at(rung) / self._course.processors
         sending = math.exp(-self._gain.at(rung)) / self._link.rate
         return math.pow(compressing**_SHARP + sending**_SHARP, 1 / _SHARP)
 
@@ -175,12 +179,14 @@ class _Link:
 
     def __init__(self) -> None:
         self.rate = self._measured = _LINK
+        self.sent = 0
         self._known = False
         self._searched = 0.0  # since the last measurement, in units of the growth
 
     def note(self, raw: int, sent: int, seen: float, *, full: bool) -> None:
         """`seen` is the rate at which bytes went while they were sent."""
         seen = max(seen, 1.0)
+        self.sent += sent
         if full:
             self._known = True
             self._searched = 0.0
@@ -194,20 +200,23 @@ class _Link:
 class _Course:
     """What the threads did lately, while any was at work: a pause between is nobody's slowness."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], processors: int) -> None:
         self._clock = clock
+        self._processors = processors
         self._last = 0.0
         self._inside = 0  # threads between choose() and note()
-        self._passed = self._sent = self._sending = 0.0
+        self._passed = self._compressing = self._cpu = self._sent = self._sending = 0.0
 
     def begin(self) -> None:
         if self._inside in (0, _THREADS):  # so many: those before have ended without a word
             self._inside, self._last = 0, self._clock()
         self._inside += 1
 
-    def end(self, sent: int, send_s: float) -> None:
+    def end(self, compress_s: float, cpu_s: float, sent: int, send_s: float) -> None:
         now, keep = self._clock(), 1 - 1 / _NOTES
         self._passed = self._passed * keep + now - self._last
+        self._compressing = self._compressing * keep + compress_s
+        self._cpu = self._cpu * keep + cpu_s
         self._sent = self._sent * keep + sent
         self._sending = self._sending * keep + send_s
         self._inside = max(0, self._inside - 1)
@@ -222,6 +231,20 @@ class _Course:
     def rate(self) -> float:
         """Bytes per second while one of them was sending."""
         return self._sent / max(self._sending, _NOTHING)
+
+    @property
+    def processors(self) -> float:
+        """How many there are for _THREADS that compress, next to what else runs here.
+
+        Threads that are more than the processors share them evenly: from how slowly ours went on,
+        and how many they were, follows how many others there are.
+        """
+        slower = max(1.0, self._compressing / max(self._cpu, _NOTHING))
+        ours = self._compressing / max(self._passed, _NOTHING)
+        others = max(0.0, slower * self._processors - ours)
+        if slower < _ALONE:
+            others = 0.0
+        return min(_THREADS, self._processors, _THREADS * self._processors / (_THREADS + others))
 
 
 class _Profile:
