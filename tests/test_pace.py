@@ -11,7 +11,7 @@ import pytest
 
 from blktrack.ship.wire.pace import FIXED_MOST, Level
 from blktrack.units import KIB, MIB
-from tests.links import BATCH, MBIT, Link, Shipment, adaptive, best_fixed
+from tests.links import BATCH, MBIT, Always, Link, Shipment, adaptive, best_fixed
 
 LADDER: list[int | None] = [None, -50, -10, 1, 3, 6, 9, 12]
 Batches = list[tuple[str, int]]
@@ -60,6 +60,14 @@ def test_other_programs_on_the_processors(mbit: int, data: str, others: int, cip
     link = Link.of(mbit, others=others, cipher=cipher)
     best, _ = best_fixed(lambda: Link.of(mbit, others=others, cipher=cipher), DATA[data])
     assert best / Shipment(adaptive(link), link, DATA[data]).seconds > 0.8
+
+
+@pytest.mark.parametrize("data", ["random", "each in turn", "eight in turn"])
+def test_processors_that_others_use_next_to_a_fast_link(data: str) -> None:
+    """Even the fastest level is far too slow then."""
+    link = Link.of(10000, others=8, cipher=0.0)
+    sent = Shipment(Always(None), Link.of(10000, others=8, cipher=0.0), DATA[data]).seconds
+    assert sent / Shipment(adaptive(link), link, DATA[data]).seconds > 0.8
 
 
 def test_a_link_that_becomes_slow() -> None:
