@@ -117,15 +117,16 @@ class Keeper:
             del self._out[:at]
         return line
 
-    def send(self, *messages: bytes) -> None:
-        """What is not taken any more is not sent."""
+    def send(self, *messages: bytes) -> bool:
+        """Whether all of it was taken; what is not any more is not sent."""
         for data in messages:
             view = memoryview(data)
             while view:
                 try:
                     view = view[self.stdin.write(view) or 0 :]
                 except BrokenPipeError:
-                    return
+                    return False
+        return True
 
     def answer(self, request: int) -> bytes:
         """Wait for the answer to a request; its data."""

@@ -372,6 +372,16 @@ def test_wrong(untouched: Replica, name: str) -> None:
     untouched.assert_at(7)
 
 
+def test_what_it_says_is_text(tmp_path: Path) -> None:
+    """Names on its host may have anything in them; a source takes only what prints."""
+    odd = tmp_path / "odd\n\x1b[2J\udcff"
+    odd.mkdir()
+    (tmp_path / "link").symlink_to(odd)
+    end = Replica(tmp_path / "root", tmp_path).told(open_(tmp_path / "link/none/x"))
+    assert "odd ?[2J?/none: No such file or directory" in end.failed["message"]
+    assert all(end.failed[key].isprintable() for key in ("message", "hint"))
+
+
 def test_wrong_after_a_seal(replica: Replica) -> None:
     old = bytes(replica.image)
     for last, why in (
@@ -532,7 +542,8 @@ def test_it_ends_by_itself_where_the_source_goes_on(untouched: Replica) -> None:
 def test_a_source_that_does_not_hear_is_freed(untouched: Replica) -> None:
     """It is in the middle of sending: what it sends is taken until it has seen the word."""
     with untouched.keeper() as keeper:
-        keeper.send(open_(untouched.target), FLUSH, *[write(0, bytes(1 << 20))] * 64)
+        blocks = [write(0, bytes(1 << 20))] * 64
+        assert keeper.send(open_(untouched.target), FLUSH, *blocks), "without a broken pipe"
         end = keeper.end()
     assert end.code == 1 and "before it has begun" in end.failed["message"]
 
