@@ -23,7 +23,7 @@ from blktrack.round import Plan, Round, Shipped
 from blktrack.ship.record import State
 from blktrack.ship.remote import FarStage, RemoteReplica
 from blktrack.ship.replica import Replica
-from blktrack.ship.room import check_room_for, room
+from blktrack.ship.room import Cramped, NoRoom, check_room_for, room
 from blktrack.ship.stage import Stage
 from blktrack.state import DeviceState
 from blktrack.tracker.link import LinkSets
@@ -216,15 +216,33 @@ class RemoteReplication(Replication):
 
         with self.replica.stage(self.link.stage, sets.size) as stage:
             self.course.stage_in(stage.id, sets)
+            self._check_room(stage, plan.extents, sets.held_extents(), observer)
+            yield stage, durable
+
+    def _check_room(
+        self, stage: FarStage, more: ExtentArray, held: ExtentArray, observer: Observer
+    ) -> None:
+        """NoRoom if `more` does not fit next to what the stage holds; Cramped if it does, and what
+        was held with it, in an empty stage, which is made."""
+
+        def check(extents: ExtentArray, free: int | None) -> None:
             check_room_for(
-                plan.extents,
+                extents,
                 stage.folder,
-                stage.free,
+                free,
                 self.device.path,
                 stop=self.options.stop,
                 observer=observer,
             )
-            yield stage, durable
+
+        try:
+            check(more, stage.free)
+        except NoRoom as error:
+            if not len(held) or stage.free is None:
+                raise
+            check(extent.union(more, held), stage.free + extent.total(held))
+            self.replica.stage("", self.device.size)
+            raise Cramped(str(error)) from error
 
     def depart(self) -> None:
         self.course.depart()

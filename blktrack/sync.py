@@ -27,6 +27,7 @@ from blktrack.ship.diagnosis import ConnectionFailed
 from blktrack.ship.remote import RemoteReplica, Wire
 from blktrack.ship.replica import Replica
 from blktrack.ship.retry import Retry
+from blktrack.ship.room import Cramped
 from blktrack.ship.routes import PathWatch, RouteLook
 from blktrack.ship.target import mount_point
 from blktrack.ship.wire.errors import ConnectionLost
@@ -171,6 +172,9 @@ class _Run:
                 # It came while the source was read: a new generation, and a resync, in one go. A
                 # source that has grown is no gap to another round, but may be too large by now.
                 replica.check_room()
+                return self._ship(current)
+            except Cramped as cramped:
+                self.observer.phase(f"once more, without what was kept there: {cramped}", 0)
                 return self._ship(current)
 
     def _replication(self, replica: Replica | RemoteReplica, link: LinkState) -> Replication:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -48,6 +49,7 @@ class Link:
         self.process = host.start(command, cwd=TOP, stdin=pipe, stdout=pipe, text=True)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._in, self._out = self.process.stdin, self.process.stdout
+        self._one = threading.Lock()  # a test and its striking thread take turns
         self.port = int(self._out.readline())
 
     def shape(
@@ -90,7 +92,8 @@ class Link:
         wait_until(lambda: self.counts().sprung >= times, "the springing of the trap", patience)
 
     def _tell(self, what: str, **more: object) -> Counts:
-        self._in.write(json.dumps({"do": what, **more}) + "\n")
-        self._in.flush()
-        answer = json.loads(self._out.readline())
+        with self._one:
+            self._in.write(json.dumps({"do": what, **more}) + "\n")
+            self._in.flush()
+            answer = json.loads(self._out.readline())
         return Counts(Passed(**answer.pop("up")), Passed(**answer.pop("down")), **answer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Swap
 from blktrack.units import KIB, MIB
 from tests import sectors
-from tests.blockdev import Lab, Silent, read_image, resize, write_direct
+from tests.blockdev import Lab, Silent, read_image, resize, run, write_direct
 from tests.campaign import HELD
 from tests.farside import FarSide, pipe
 from tests.test_oracle import fill
@@ -113,9 +114,19 @@ class Away:
 
 
 @pytest.fixture
+def small(shared: Lab) -> Iterator[None]:
+    """The replicas are on a file system of their own, which has room for two of them."""
+    folder = shared.folder / "elsewhere" / "replicas"
+    folder.mkdir(parents=True)
+    run("mount", "-t", "tmpfs", "-o", f"size={3 * SIZE},mode=755", "far", folder)
+    yield
+    run("umount", folder)
+
+
+@pytest.fixture
 def away(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> Away:
     folder = shared.folder / "elsewhere"
-    (folder / "replicas").mkdir(parents=True)
+    (folder / "replicas").mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("BLKTRACK_SSH", pipe(folder))
     return Away(shared, FarSide("pipe", folder / "replicas", None))
 
@@ -159,6 +170,16 @@ def test_a_commit_that_nobody_heard_of(away: Away) -> None:
 def test_a_stage_that_is_gone(away: Away) -> None:
     away.cut()
     (away.state / JOURNAL).unlink()
+    away.finish(shipped=CHANGED)
+
+
+def test_a_stage_that_takes_the_room_of_the_whole(small: None, away: Away) -> None:
+    """It was changed again since: what is kept of it would be kept twice."""
+    kept = extent.total(away.cut().held)
+    away.write(MIB, CHANGED)
+    room = os.statvfs(away.state)
+    others = room.f_bavail * room.f_frsize - CHANGED + kept // 2
+    run("fallocate", "-l", str(others), away.state.parent / "others")
     away.finish(shipped=CHANGED)
 
 

@@ -12,6 +12,7 @@ from blktrack import extent
 from blktrack.linux import PAGE, Buffer
 from blktrack.ship.copy import copy
 from blktrack.ship.endpoint import EndError, FileEnd
+from blktrack.ship.overridden import unused_in
 from blktrack.ship.pack import ZERO, Index, Packer, Unpacker, fault, resolve
 from blktrack.units import KIB, MIB
 from tests.copies import image, random_extents
@@ -40,6 +41,24 @@ def test_later_rows_override_earlier_ones(seed: int) -> None:
         assert (found[1:, 0] >= found[:-1, 0] + found[:-1, 1]).all() and (found[:, 1] > 0).all()
         for one, other in zip(painted(rows, size), painted(found, size), strict=True):
             assert (one == other).all(), rows
+
+
+def test_pages_that_nobody_needs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(300):
+        pages = int(rng.integers(1, 30))
+        used = rng.random(pages) < 0.6
+        rows = [
+            (page * 5 * PAGE + 512, 2048, page * PAGE + 512)
+            for page in np.flatnonzero(used).tolist()
+        ]
+        rows += [((page * 5 + 2) * PAGE, 512, ZERO) for page in range(pages)]
+        index = resolve(np.array(rows, dtype=np.int64))
+        found = np.zeros(pages, dtype=bool)
+        for start, length in unused_in(index, pages * PAGE).tolist():
+            assert not (start | length) % PAGE
+            found[start // PAGE : (start + length) // PAGE] = True
+        assert (found == ~used).all()
 
 
 @pytest.mark.parametrize("unit", [512, 4096])

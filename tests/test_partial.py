@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from blktrack import extent
@@ -23,7 +24,7 @@ from blktrack.ship.replica import Replica
 from blktrack.ship.stage import Stage, is_due, is_left
 from blktrack.ship.tell import replica_status
 from blktrack.sysfs import BlockDevice
-from blktrack.units import KIB, MIB
+from blktrack.units import KIB, MIB, SECTOR
 from tests.blockdev import Lab as Host
 from tests.increments import SIZE, Lab, every_kind, poke
 from tests.kept import BASE, LINK, Kept, resume, state_of
@@ -55,6 +56,24 @@ def test_it_is_gone_on_with(tmp_path: Path, seed: int) -> None:
     another = Stage.create(kept.folder, kept.size, link=LINK, base=BASE, keep=True)
     assert another.id not in ("", first)
     another.drop()
+
+
+def test_what_was_overridden_takes_no_room(tmp_path: Path, seed: int) -> None:
+    """However often it is gone on with; what counts is as it was."""
+    kept = Kept(tmp_path / "replica", 16 * MIB, seed)
+    for _ in range(12):
+        kept.write(int(kept.rng.integers(1, 9)) * MIB, 4 * MIB)
+        kept.write_some(100)
+        kept.stage.checkpoint()
+        kept.stage.close()
+        stage = kept.resume()
+        assert stage is not None
+        kept.stage = stage
+        assert state_of(stage) == kept.state()
+        pages = {byte // PAGE for byte in np.flatnonzero(np.frombuffer(kept.image, np.uint8))}
+        taken = os.fstat(stage.file.fileno()).st_blocks * SECTOR
+        assert taken < 2 * len(pages) * PAGE + MIB
+    kept.drop()
 
 
 def test_only_what_fits_is_gone_on_with(tmp_path: Path, seed: int) -> None:

@@ -28,6 +28,7 @@ __all__ = ["CHUNK", "THREADS", "Copied", "Mode", "copy"]
 
 THREADS = 4
 CHUNK = 4 << 20  # bytes of a buffer; a comparison needs two per thread: 32 MiB in all
+_LEAST = 64 << 10  # and of one where what is not durable is to be little
 _PATIENCE = 0.5  # seconds without news after which the calling thread looks up
 
 
@@ -72,7 +73,7 @@ def copy(
         copy), after a flush, with the extents that became durable since the last call: each is
         reported once. Not called by COMPARE. Without it nothing is flushed: that is the caller's.
     checkpoint_bytes -- a checkpoint is also due once so many bytes of extents were dealt with since
-        the last one, whatever the time.
+        the last one, whatever the time; what the threads have in hand is less than a quarter more.
     read_done -- called once, when the last read of the source has ended and writes may go on; not
         if the copy was stopped.
     stop -- set it to end early: what is under way is finished and reported.
@@ -83,6 +84,9 @@ def copy(
     was told of is durable. Places of the source that cannot be read do not raise: see `failed`.
     """
     least = limit.least
+    if checkpoint_bytes is not None and mode is Mode.COPY:
+        # What a thread has in hand is not done until all of it is.
+        chunk = min(chunk, max(checkpoint_bytes // (8 * threads), _LEAST))
     most, chunk = chunk, chunk_for(extents, chunk, threads, least)
     crew = Crew(
         source,
@@ -139,8 +143,10 @@ def _follow(
             if progress is not None:
                 progress(ledger.bytes_done)
             # Near the end the flush would only hold up `read_done` and double the last one. Over a
-            # slow link the end is long: what the threads have read is minutes of sending.
-            if (crew.left or ledger.bounded) and error is None and ledger.due():
+            # slow link the end is long: what the threads have read is minutes of sending. It is
+            # long for a flush too, and what has come meanwhile is to be in the next one.
+            wanted = (crew.left or ledger.bounded) and error is None and crew.events.empty()
+            if wanted and ledger.due():
                 ledger.settle()
         elif isinstance(event, ReadsEnded):
             if read_done is not None:

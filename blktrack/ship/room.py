@@ -43,6 +43,10 @@ class NoRoom(CopyFailed):
         return cls(folder, staged, free_in(folder) or 0, os.strerror(error.errno))
 
 
+class Cramped(Exception):
+    """It did not next to what was kept of it, which is dropped: the whole may fit by itself."""
+
+
 @contextlib.contextmanager
 def room(
     folder: Path,

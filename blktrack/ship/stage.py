@@ -38,6 +38,7 @@ from blktrack.point import Point
 from blktrack.ship import partial
 from blktrack.ship.endpoint import FileEnd
 from blktrack.ship.header import HEADER, INDEX, Header, StageDamaged, read_index
+from blktrack.ship.overridden import give_back
 from blktrack.ship.pack import Index, Packer, joined, resolve
 from blktrack.ship.partial import JOURNAL, Journal, Partial
 from blktrack.ship.record import Record
@@ -156,6 +157,7 @@ class Stage:
             journal = Journal.resume(folder, found)
             undo.callback(journal.close)
             file.resize(found.packed)
+            give_back(file.fileno(), found.rows, found.packed)
             stage = cls(folder, file, Packer(file, size, found.rows, most), link, base)
             stage._journal, stage._noted, stage.id = journal, len(found.rows), head.id
             undo.pop_all()
