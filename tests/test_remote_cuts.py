@@ -262,7 +262,8 @@ def test_connections_are_lost_at_random_moments(
             lost += 1
             resumed += bool(held)
         before_cut, held = held, at.held()
-        if error is not None and not at_new and at.has_stage():
+        is_known = way != "the cable is pulled"  # what left the link may wait in sockets behind it
+        if error is not None and not at_new and at.has_stage() and is_known:
             arrived = at.link.counts().up.passed - before.up.passed
             again = arrived - len(held - before_cut) * GRANULE
             assert again < IN_FLIGHT, (way, again, arrived, error)
