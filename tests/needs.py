@@ -174,6 +174,7 @@ PROBES: dict[str, Probe] = {
     "netns": netns,
     "sshd": sshd,
     "cron": functools.partial(tool, "cron"),
+    "faketime": functools.partial(tool, "faketime"),
     "systemd": functools.partial(tool, "systemd-analyze"),
     "debhelper": functools.partial(tool, "dh_python3"),
     **{

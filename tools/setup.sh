@@ -21,6 +21,7 @@ dev_packages=(
     debhelper      # make deb
     debootstrap    # tests: a clean root that the package is installed in
     dh-python      # make deb
+    faketime       # tests: a minute of cron in six seconds
     fdisk          # tests: sfdisk makes partitions
     fio            # tests, benchmark: load
     gcc            # benchmark: the minimal C program that copying is measured against
