@@ -166,16 +166,13 @@ class _Run:
             link = self._find_link() or self._new_link(replica)
             current = self._replication(replica, link)
             try:
-                return self._ship(current)
+                return self._with_room(current)
             except Gap as gap:
                 self.observer.phase(f"once more, from a new beginning: {gap}", 0)
                 # It came while the source was read: a new generation, and a resync, in one go. A
                 # source that has grown is no gap to another round, but may be too large by now.
                 replica.check_room()
-                return self._ship(current)
-            except Cramped as cramped:
-                self.observer.phase(f"once more, without what was kept there: {cramped}", 0)
-                return self._ship(current)
+                return self._with_room(current)
 
     def _replication(self, replica: Replica | RemoteReplica, link: LinkState) -> Replication:
         shared = (self.store, self.device, self.number, link, self.options)
@@ -184,6 +181,13 @@ class _Run:
             return RemoteReplication(*shared, replica)
         link.mount = "" if replica.target.device else mount_point(replica.target.path)
         return LocalReplication(*shared, replica)
+
+    def _with_room(self, current: Replication) -> tuple[Plan, Shipped]:
+        try:
+            return self._ship(current)
+        except Cramped as cramped:
+            self.observer.phase(f"once more, without what was kept there: {cramped}", 0)
+            return self._ship(current)
 
     def _ship(self, current: Replication) -> tuple[Plan, Shipped]:
         plan, sets = current.prepare(self.observer)
