@@ -45,7 +45,7 @@ pytestmark = pytest.mark.needs("root", "loop", "bpf", "netns", "sshd")
 
 GRANULE = 4 * KIB
 SIZE = 16 * MIB
-RATE = 4e6  # bytes per second
+RATE = 8e6  # bytes per second
 PATIENCE = 2.0  # seconds of silence
 OVERHEAD = 96 * KIB  # bytes of a connection that are not data: ssh's and the protocol's
 IN_FLIGHT = 5 * MIB  # bytes: the window of ssh, what waits in sockets, what threads have in hand
