@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test bench soak lint wheel deb clean
+.PHONY: help setup dev demo test bench soak vmtest lint wheel deb clean
 
 help:  ## print this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1	\2/p' Makefile | expand -t 16
@@ -29,6 +29,9 @@ bench: dev  ## print the benchmark table (root)
 
 soak: dev  ## run the tests that take long (root)
 	@$(PYTHON) -m pytest -m soak --timeout=3600 $(ARGS)
+
+vmtest: dev  ## run the tests inside virtual machines, on every kernel (root)
+	@$(PYTHON) -m pytest -m vm $(ARGS) tests/vm
 
 lint: dev  ## check style, format and types
 	@$(PYTHON) -m ruff check

@@ -32,7 +32,7 @@ from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
 from tests.blockdev import TOP, Lab, Silent, flush, read_image, resize, write_direct
 from tests.crash_points import crash_points
-from tests.test_oracle import fill
+from tests.oracle import fill
 from tests.workload import RawMix, next_sequence
 
 SIZE = 8 * MIB

@@ -11,7 +11,7 @@ from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.background import Running
 from tests.blockdev import Done, Lab, read_image, write_direct
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 SIZE = 4 * MIB
 

@@ -182,6 +182,7 @@ PROBES: dict[str, Probe] = {
         for name in (
             "blktrace",
             "debootstrap",
+            "depmod",
             "fio",
             "gcc",
             "lintian",

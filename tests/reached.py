@@ -17,6 +17,7 @@ from tests.message_sites import PACKAGE, Site, error_classes, module_name, sites
 from tests.recorder import sitecustomize
 from tests.recorder.sitecustomize import MARKS, MODULES, ROOM, VARIABLE
 
+GUEST = "BLKTRACK_GUEST"  # set in a virtual machine: the name of its kernel
 LAST = "test_every_message_is_reached"
 
 
@@ -29,6 +30,8 @@ def _begin() -> Path:
         atexit.register(_remove, folder, os.getpid())
     if not (folder / MARKS).exists():
         _prepare(folder)
+    if GUEST in os.environ:  # an emulated processor is too slow for a recorder
+        return folder
     os.environ[VARIABLE] = str(folder)
     above = os.environ.get("PYTHONPATH")
     if sitecustomize.HERE not in (above or "").split(os.pathsep):
@@ -84,7 +87,8 @@ class Whole:
             self.why_not = "only some files of the tests run"
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        if any(not item.get_closest_marker("soak") for item in items):
+        marks = ("soak", "matrix")
+        if any(not any(map(item.get_closest_marker, marks)) for item in items):
             self.why_not = "some tests were deselected"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -20,7 +20,7 @@ from blktrack.ship.tell import replica_status
 from blktrack.units import MIB
 from tests import sectors
 from tests.blockdev import TOP, Done, Lab, Silent, read_image, write_direct
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 LINK = "far"
 SIZE = 16 * MIB

@@ -17,7 +17,7 @@ from blktrack.tracker.tracking import Swap
 from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blockdev import Lab, Silent, pairs, read_image, wait_until, write_direct
-from tests.test_oracle import fill, missed
+from tests.oracle import fill, missed
 
 on_loop = pytest.mark.needs("root", "loop", "bpf")
 COMPLETE = "int blk_rq_complete(u64 *ctx)\n{\n"

@@ -34,9 +34,9 @@ from tests.bench import (
     state_of,
 )
 from tests.blockdev import Done
+from tests.oracle import repeating
 from tests.streams import LINK
 from tests.test_events import change, filled
-from tests.test_oracle import repeating
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 

@@ -16,7 +16,7 @@ from tests import sectors
 from tests.blockdev import TOP, Lab, run, write_direct
 from tests.cleanroot import CleanRoot, clean_root
 from tests.jails import FILL, full
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 RECOMMENDED = ("python3-bpfcc", "python3-pyroute2", "python3-rich")
 _WRITES = itertools.count(1)

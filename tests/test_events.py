@@ -24,7 +24,7 @@ from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
 from tests.background import UNSHARED, Running, assert_clear
 from tests.blockdev import Lab, read_image, run, wait_until, write_direct
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 

@@ -18,7 +18,7 @@ from tests import sectors
 from tests.background import Running, assert_clear
 from tests.blockdev import Lab, read_image, wait_until, write_direct
 from tests.faultfs import FaultFile
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf", "fuse")
 

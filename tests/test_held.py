@@ -36,7 +36,7 @@ from tests import sectors
 from tests.blockdev import Lab, Silent, read_image, resize, run, write_direct
 from tests.campaign import HELD
 from tests.farside import FarSide, pipe
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 

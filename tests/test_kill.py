@@ -19,7 +19,7 @@ from blktrack.units import KIB
 from tests import sectors
 from tests.blockdev import TOP, Lab, read_image, resize, told, write_direct
 from tests.campaign import OTHERS, SIZE, SYNCS, Campaign, Situation, all_points, points, reaching
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 kinds = pytest.mark.parametrize(
     "kind", ["loop", pytest.param("zram", marks=pytest.mark.needs("zram"))]

@@ -13,7 +13,7 @@ from blktrack.state import LinkState
 from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blockdev import Lab, read_image, write_direct
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 

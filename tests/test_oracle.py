@@ -10,29 +10,22 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from blktrack import linux
 from blktrack.bitmap import Indices
 from blktrack.bpf import compile
 from blktrack.bpf.kernel import Kernel
 from blktrack.bpf.planes import Planes
-from blktrack.extent import ExtentArray, empty, total
-from blktrack.report import SyncReport
+from blktrack.extent import empty
 from blktrack.sysfs import BlockDevice
-from blktrack.tracker import status
 from blktrack.tracker.link import LinkSets
-from blktrack.units import KIB, MIB, SECTOR, format_size
+from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
-from tests.blockdev import Lab, every_kind, read_image, told, write_direct
-from tests.sectors import Image
-from tests.workload import phases
+from tests.blockdev import Lab, every_kind, read_image, write_direct
+from tests.oracle import cover, fill, missed, replicate
 
 needs_devices = pytest.mark.needs("root", "loop", "bpf", "fio", "ext4", "xfs")
 
@@ -44,42 +37,12 @@ def make(lab: Lab, kind: str) -> tuple[list[str], str]:
     return lab.device(kind, 64 * MIB), "ext4"
 
 
-def fill(path: str) -> None:
-    """Sectors of write 0 everywhere, so that a discard or a lost write shows."""
-    size = BlockDevice.find(path).size
-    for offset in range(0, size, 8 * MIB):
-        write_direct(path, offset, sectors.make(offset, min(8 * MIB, size - offset), 0))
-
-
-def missed(before: Image, after: Image, tracked: ExtentArray) -> NDArray[np.int64]:
-    """The oracle: numbers of the sectors that differ and were not tracked."""
-    return sectors.uncovered(sectors.differing(before, after), tracked)
-
-
-@contextmanager
-def repeating(work: Callable[[], object]) -> Iterator[None]:
-    """Do it again and again meanwhile, at least once."""
-    end = threading.Event()
-    errors: list[Exception] = []
-
-    def repeat() -> None:
-        try:
-            while True:
-                work()
-                if end.is_set():
-                    return
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=repeat)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
-    if errors:
-        raise errors[0]
+def replica_of(lab: Lab, kind: str, device: str, replica: str) -> str:
+    """The path of a file that is yet to be, or of a device."""
+    if replica == "file":
+        return str(lab.name("replica"))
+    sector = 4096 if kind in ("zram", "loop-4096") else 512
+    return lab.loop(BlockDevice.find(device).size, sector=sector)
 
 
 @needs_devices
@@ -88,7 +51,8 @@ def repeating(work: Callable[[], object]) -> Iterator[None]:
 def test_tracked_extents_cover_every_difference(
     shared: Lab, seed: int, kind: str, epochs: str
 ) -> None:
-    cover(shared, seed, kind, epochs)
+    paths, filesystem = make(shared, kind)
+    cover(shared, seed, paths, filesystem, epochs=epochs)
 
 
 @pytest.mark.soak
@@ -97,37 +61,8 @@ def test_tracked_extents_cover_every_difference(
 def test_tracked_extents_cover_every_difference_for_long(shared: Lab, seed: int, kind: str) -> None:
     for number in range(20):
         with shared.fresh() as other:
-            cover(other, seed + 100 * number, kind, "many", count=200)
-
-
-def cover(lab: Lab, seed: int, kind: str, epochs: str, count: int = 60) -> None:
-    paths, filesystem = make(lab, kind)
-    device = paths[0]
-    fill(device)
-    watch = lab.track(device)
-    before = read_image(device)
-    differ = marked = 0
-    for phase, work in phases(lab, paths, filesystem, seed, count):
-        if epochs == "many":
-            with repeating(watch.drain):
-                work()
-        else:
-            work()
-        after = read_image(device)
-        listed = status.extents(lab.store, device, None).extents
-        look = watch.look()
-        assert listed == look.completed.tolist()
-        tracked = look.drained
-        lost = missed(before, after, tracked)
-        assert not len(lost), f"{phase}: {len(lost)} sectors changed untracked, first {lost[:8]}"
-        differ += len(sectors.differing(before, after)) * SECTOR
-        marked += total(tracked)
-        before = after
-    assert not any(watch.look().losses.values())
-    told(
-        f"{kind}, {epochs} epoch(s): {format_size(differ)} differ, all of it tracked, and "
-        f"{100 * (marked - differ) / differ:.0f} % more"
-    )
+            paths, filesystem = make(other, kind)
+            cover(other, seed + 100 * number, paths, filesystem, count=200)
 
 
 @needs_devices
@@ -136,7 +71,8 @@ def cover(lab: Lab, seed: int, kind: str, epochs: str, count: int = 60) -> None:
 def test_replica_is_identical_after_syncs_under_load(
     shared: Lab, seed: int, kind: str, replica: str
 ) -> None:
-    replicate(shared, seed, kind, replica)
+    paths, filesystem = make(shared, kind)
+    replicate(shared, seed, paths, filesystem, replica_of(shared, kind, paths[0], replica))
 
 
 @pytest.mark.soak
@@ -147,36 +83,9 @@ def test_replica_is_identical_after_syncs_under_load_for_long(
 ) -> None:
     for number in range(20):
         with shared.fresh() as other:
-            replicate(other, seed + 100 * number, kind, "file", count=200)
-
-
-def replicate(lab: Lab, seed: int, kind: str, replica: str, count: int = 60) -> None:
-    paths, filesystem = make(lab, kind)
-    device = paths[0]
-    fill(device)
-    size = BlockDevice.find(device).size
-    target = str(lab.name("replica"))
-    if replica == "device":
-        target = lab.loop(size, sector=4096 if kind in ("zram", "loop-4096") else 512)
-    assert lab.blktrack("track", device).code == 0
-    assert lab.blktrack("sync", device, target, "--json").json["mode"] == "initial"
-    reports: list[SyncReport] = []
-    for _, work in phases(lab, paths, filesystem, seed, count):
-        # In this process, where a sync takes no time to start: many a phase.
-        with repeating(lambda: reports.append(lab.sync(device, target))):
-            work()
-    assert {report.mode for report in reports} <= {"incremental", "nothing"}, reports
-    last = lab.blktrack("sync", device, target, "--json").json
-    found = sectors.faults(read_image(device), read_image(target))
-    assert not found, sectors.describe(found)
-    assert last["consistency"] == "crash"
-    assert lab.blktrack("verify", device, target).code == 0
-    shipped = sum(report.bytes_shipped for report in reports) + last["bytes_shipped"]
-    told(
-        f"{kind} to a {replica}: identical after {len(reports)} syncs, of which "
-        f"{sum(report.consistency == 'none' for report in reports)} under writes; "
-        f"{format_size(shipped)} shipped after the initial {format_size(size)}"
-    )
+            paths, filesystem = make(other, kind)
+            target = str(other.name("replica"))
+            replicate(other, seed + 100 * number, paths, filesystem, target, count=200)
 
 
 # What breaks the programs: the text replaced, the text that replaces it, and where it shows.

@@ -27,8 +27,8 @@ from tests.blockdev import (
     wait_until,
     write_direct,
 )
+from tests.oracle import fill, missed
 from tests.test_exact import merged_discards, zero_out
-from tests.test_oracle import fill, missed
 from tests.test_retired import load
 from tests.workload import fio, next_sequence, raw_activity, together
 

@@ -15,7 +15,7 @@ from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blockdev import Lab, Silent, read_image, resize, write_direct
 from tests.farside import FarSide, every_way
-from tests.test_oracle import fill, repeating
+from tests.oracle import fill, repeating
 
 pytestmark = [pytest.mark.needs("root", "loop", "bpf"), every_way]
 

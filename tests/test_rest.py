@@ -24,7 +24,7 @@ from tests.blockdev import (
     wait_until,
     write_direct,
 )
-from tests.test_oracle import fill
+from tests.oracle import fill
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
 SIZE = 32 * MIB

@@ -17,7 +17,7 @@ from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.background import assert_clear
 from tests.blockdev import Lab, read_image, run, wait_until, write_direct
-from tests.test_oracle import fill
+from tests.oracle import fill
 from tests.test_sync import start
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")

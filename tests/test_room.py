@@ -24,8 +24,8 @@ from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.background import Running, assert_clear
 from tests.blockdev import Lab, Silent, read_image, run, wait_until, write_direct
+from tests.oracle import fill
 from tests.smallfs import full, small_fs
-from tests.test_oracle import fill
 from tests.test_resync import Pair
 from tests.test_sync import start
 

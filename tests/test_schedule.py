@@ -23,7 +23,7 @@ from tests.background import TRACEBACK, assert_clear
 from tests.blockdev import TOP, Done, Lab, read_image, run, wait_until, write_direct
 from tests.fleets import SIZE, Fleet, children
 from tests.namespace import Namespace
-from tests.test_oracle import repeating
+from tests.oracle import repeating
 
 HOST = Instance("blktrack", Path("/usr/bin/blktrack"))
 CRON, UNITS = str(cron.WHERE), str(timer.WHERE)

@@ -17,7 +17,7 @@ from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blockdev import TOP, Lab, read_image, wait_until, write_direct
 from tests.faultfs import FaultFile
-from tests.test_oracle import fill, repeating
+from tests.oracle import fill, repeating
 
 on_loop = pytest.mark.needs("root", "loop", "bpf")
 

@@ -17,7 +17,7 @@ from blktrack.tracker import status
 from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blockdev import TOP, Lab, Watch, pairs, read_image, run, told
-from tests.test_oracle import fill
+from tests.oracle import fill
 from tests.tracked import write
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")

@@ -19,7 +19,7 @@ from blktrack.tracker.tracking import Gap
 from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
 from tests.blockdev import TOP, Lab, detach, pairs, read_image, run
-from tests.test_oracle import fill
+from tests.oracle import fill
 from tests.tracked import write
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")

@@ -17,7 +17,7 @@ import os
 import random
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +262,7 @@ def fio(path: str, *options: str) -> None:
 Phase = tuple[str, Callable[[], None]]
 
 
-def raw_activity(paths: list[str], seed: int, count: int) -> None:
+def raw_activity(paths: Sequence[str], seed: int, count: int) -> None:
     """Mixes on each path (a device, the disk it is part of) and fio on the first, all at once."""
     mixes = [RawMix(path, seed + number) for number, path in enumerate([*paths, paths[0]])]
     block = mixes[0].block
@@ -295,7 +295,9 @@ def trim(lab: Lab, path: str) -> None:
             os.close(fd)
 
 
-def phases(lab: Lab, paths: list[str], kind: str, seed: int, count: int = 60) -> Iterator[Phase]:
+def phases(
+    lab: Lab, paths: Sequence[str], kind: str, seed: int, count: int = 60
+) -> Iterator[Phase]:
     """A mix in steps; each leaves all it did on the device and nothing in the page cache."""
     path = paths[0]
     steps: list[Phase] = [
@@ -310,7 +312,7 @@ def phases(lab: Lab, paths: list[str], kind: str, seed: int, count: int = 60) ->
         yield name, functools.partial(_settled, step, paths)
 
 
-def _settled(step: Callable[[], None], paths: list[str]) -> None:
+def _settled(step: Callable[[], None], paths: Sequence[str]) -> None:
     step()
     for path in paths:
         flush(path)

@@ -1,0 +1,55 @@
+"""The machines that tests run in, and the kernels under them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from blktrack.units import MIB
+from tests.reached import GUEST
+from tools.vm import kernels
+from tools.vm.machine import Disk
+
+KERNELS = tuple(kernels.SUITES)
+BRIEF = kernels.BRIEF
+INSIDE = GUEST in os.environ
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A disk, found inside by its serial number with `tests.vm.disks.find`."""
+
+    serial: str
+    kind: str = "virtio-blk"
+    sector: int = 512
+    size: int = 128 * MIB
+    options: str = ""
+
+    def make(self, folder: Path) -> Disk:
+        image = folder / f"{self.serial}.img"
+        disk = Disk(self.serial, image, self.kind, self.sector, options=self.options)
+        disk.create(self.size)
+        return disk
+
+
+@dataclass(frozen=True)
+class Layout:
+    disks: tuple[Spec, ...] = ()
+    memory: int = 1024  # MiB
+    limit: float = 900.0  # seconds for all tests of one kernel, with the boot
+    arguments: str = ""  # of the kernel
+
+
+# All tests of a row on a kernel run in one machine, one after another, so a test that may take the
+# machine with it or needs other disks has a row of its own.
+MACHINES = {
+    "plain": Layout(
+        disks=(
+            Spec("blk"),
+            Spec("scsi", "virtio-scsi"),
+            Spec("nvme", "nvme"),
+            Spec("nvme4k", "nvme", sector=4096),
+        )
+    ),
+}
