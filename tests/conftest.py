@@ -6,16 +6,18 @@ import os
 import random
 
 import pytest
-from hypothesis import settings
 
 from tests import reached  # before anything that imports blktrack
 from tests.needs import PROBES, Needs
 
 pytest_plugins = ["tests.blockdev", "tests.loopdev", "tests.bench", "tests.netlab", "tests.farside"]
 
-# A shared machine may stall any single example; the time limit of a test is pytest-timeout's.
-settings.register_profile("blktrack", deadline=None, print_blob=True)
-settings.load_profile("blktrack")
+if reached.GUEST not in os.environ:  # an emulated processor takes ten seconds to import it
+    from hypothesis import settings
+
+    # A shared machine may stall any single example; the time limit of a test is pytest-timeout's.
+    settings.register_profile("blktrack", deadline=None, print_blob=True)
+    settings.load_profile("blktrack")
 
 NEEDS = Needs()
 SEED = int(os.environ.get("BLKTRACK_SEED") or random.SystemRandom().randrange(2**32))

@@ -19,12 +19,14 @@ dev_packages=(
     blktrace       # benchmark: the established block tracer, for comparison
     cron           # tests: a schedule as cron runs it
     debhelper      # make deb
+    debian-archive-keyring  # vmtest: what the kernels that are fetched are signed with
     debootstrap    # tests: a clean root that the package is installed in
     dh-python      # make deb
     faketime       # tests: a minute of cron in six seconds
     fdisk          # tests: sfdisk makes partitions
     fio            # tests, benchmark: load
     gcc            # benchmark: the minimal C program that copying is measured against
+    kmod           # vmtest: depmod, and modprobe inside
     libc6-dev      # its headers
     lintian        # tests: has the package the form that Debian asks for
     man-db         # tests: man and lexgrog read the man pages

@@ -19,6 +19,7 @@ from tests.vm.runs import Runs
 
 GUEST = Path(__file__).parent / "guest"
 NEEDED = ("root", "qemu-system-x86_64", "depmod")  # of this host
+CI = bool(os.environ.get("CI"))
 RUNS = pytest.StashKey[Runs]()
 
 
@@ -67,7 +68,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 
 def reports(item: pytest.Item) -> Iterator[pytest.TestReport]:
     if reason := NEEDS.missing(NEEDED):
-        yield own_report(item, reason, skip=not os.environ.get("CI"))
+        yield own_report(item, reason, skip=not CI)
         return
     session = item.session
     if RUNS not in session.stash:
@@ -79,7 +80,7 @@ def reports(item: pytest.Item) -> Iterator[pytest.TestReport]:
             report.sections.append(("the machine", outcome.machine()))
         yield report
     if outcome.error:
-        yield own_report(item, outcome.error)
+        yield own_report(item, outcome.error, skip=outcome.run.absent and not CI)
 
 
 def own_report(item: pytest.Item, reason: str, *, skip: bool = False) -> pytest.TestReport:

@@ -13,6 +13,7 @@ from tools.vm.machine import Disk
 
 KERNELS = tuple(kernels.SUITES)
 BRIEF = kernels.BRIEF
+DELIBERATE = "BLKTRACK_DELIBERATE"  # set for tests that are meant to fail: test_harness.py
 INSIDE = GUEST in os.environ
 
 

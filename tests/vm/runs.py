@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -25,13 +26,14 @@ from tests import conftest
 from tests.blockdev import told
 from tests.reached import GUEST
 from tests.vm import relay
-from tests.vm.machines import MACHINES
+from tests.vm.machines import DELIBERATE, MACHINES
 from tests.vm.relay import Report
 from tools.vm import kernels, packages
 from tools.vm.machine import Machine, MachineError
 from tools.vm.packages import FetchError
 
 AT_ONCE = int(os.environ.get("BLKTRACK_VM_JOBS") or min(2, os.cpu_count() or 1))
+PASSED = ("CI", DELIBERATE)  # to the tests inside
 _NUMBERS = itertools.count()
 
 
@@ -58,6 +60,7 @@ class Run:
         self._machine: Machine | None = None
         self._stopped = threading.Event()
         self._error = ""
+        self.absent = False  # the kernel could not be fetched
 
     def work(self) -> None:
         """In a thread of the pool: from the fetching of the kernel to the end of the machine."""
@@ -86,7 +89,9 @@ class Run:
                 f"{self.name}, Linux {kernel.version}: {len(self._tests)} tests, boot "
                 f"{ready - start:.1f} s, all {time.monotonic() - begin:.0f} s"
             )
-        except (FetchError, MachineError) as error:
+        except FetchError as error:
+            self._error, self.absent = str(error), True
+        except MachineError as error:
             self._error = str(error)
         finally:
             if self._machine:
@@ -97,10 +102,11 @@ class Run:
         (self._folder / "share" / "tests").write_text("\n".join(self._tests), encoding="utf-8")
         # What is chosen was chosen outside, by node id.
         words = [sys.executable, "-B", "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider"]
+        words += ["-p", "no:hypothesispytest"]
         return " ".join([*words, "-v", "--strict-markers", "@/vm/tests"])
 
     def _environment(self) -> dict[str, str]:
-        passed = {name: os.environ[name] for name in ("CI",) if name in os.environ}
+        passed = {name: os.environ[name] for name in PASSED if name in os.environ}
         return {**passed, GUEST: self._kernel, "BLKTRACK_SEED": str(conftest.SEED)}
 
     def reports(self, test: str) -> list[Report]:
@@ -110,6 +116,8 @@ class Run:
         return list(relay.read(self._folder / "share"))
 
     def reason(self) -> str:
+        if self.absent:
+            return f"no machine {self.name}: {self._error}"
         if self._error:
             return f"The test did not come to its end in the machine {self.name}: {self._error}"
         return f"The pytest of the machine {self.name} said nothing of the test.\n{self.tail()}"
@@ -139,8 +147,16 @@ class Run:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def clear() -> None:
+    """Remove the folders of runs that were killed."""
+    for folder in (packages.cache() / "running").glob("*-*-*-*"):
+        if not Path("/proc", folder.name.split("-")[-2]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Runs:
     def __init__(self, items: Sequence[pytest.Item]) -> None:
+        clear()
         groups = defaultdict[tuple[str, str], list[str]](list)
         for item in items:
             groups[key_of(item)].append(item.nodeid)

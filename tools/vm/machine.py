@@ -152,6 +152,18 @@ class Machine:
     def start(self, script: str, environment: Mapping[str, str] | None = None) -> None:
         """Boot it, to run `script` by a shell as root, in the working tree. May be done again."""
         self.kill()
+        self.prepare(script, environment)
+        with (self.folder / "qemu.log").open("wb") as said:
+            self._process = subprocess.Popen(
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+
+    def prepare(self, script: str, environment: Mapping[str, str] | None = None) -> None:
+        """Write what the boot reads."""
         self.share.mkdir(parents=True, exist_ok=True)
         for name in (_READY, _STATUS):
             (self.share / name).unlink(missing_ok=True)
@@ -165,21 +177,14 @@ class Machine:
         busybox = self.layer / "usr/bin/busybox"
         archive = initramfs.build(self.kernel, busybox, [TOP, Path(sys.prefix)])
         (self.folder / "initramfs").write_bytes(archive)
-        with (self.folder / "qemu.log").open("wb") as said:
-            self._process = subprocess.Popen(
-                self.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
 
-    def command(self) -> list[str]:
+    def command(self, serial: str = "") -> list[str]:
+        """Of qemu. `serial` says where the console goes, if it is not into its file."""
         accelerator = os.environ.get("BLKTRACK_VM_ACCEL", "tcg,thread=multi")
         words = ["setpriv", "--pdeathsig", "KILL", "--", QEMU]
         words += ["-accel", accelerator, "-cpu", "max", "-smp", "1", "-m", str(self.memory)]
         words += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        words += ["-serial", f"file:{self.console}"]
+        words += ["-serial", serial or f"file:{self.console}"]
         words += ["-kernel", str(self.kernel.image), "-initrd", str(self.folder / "initramfs")]
         words += ["-append", f"{_ARGUMENTS} {self.arguments}".strip()]
         read_only = {"host": Path("/"), "layer": self.layer, "kernel": self.kernel.root}

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import os
+
 import pytest
+
+from tests.vm.machines import DELIBERATE
+
+collect_ignore = [] if DELIBERATE in os.environ else ["test_deliberate.py"]
 
 
 @pytest.fixture(autouse=True)
