@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blktrack.units import MIB
@@ -54,3 +54,10 @@ MACHINES = {
         )
     ),
 }
+# Of its own, as it is long. A piece of memory is to be taken for persistent, for DAX.
+MACHINES["stacks"] = Layout(
+    tuple(replace(spec, size=16 * MIB) for spec in MACHINES["plain"].disks),
+    memory=1280,
+    limit=2400.0,
+    arguments="memmap=64M!1024M",
+)
