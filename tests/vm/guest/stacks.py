@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +284,7 @@ def _thin_snapshot(lab: Lab, size: int) -> Made:
 def md(lab: Lab, level: int, members: list[str], *options: str) -> str:
     node = "/dev/md100"
     run(
-        "mdadm", "--create", node, "--run", "--quiet", "--metadata=1.2", "--bitmap=none",
+        "mdadm", "--create", node, "--run", "--quiet", "--metadata=1.2",
         f"--level={level}", f"--raid-devices={len(members)}", *options, *members,
     )  # fmt: skip
     lab.stack.callback(until_done, "mdadm", "--stop", "--quiet", node)
@@ -305,10 +306,10 @@ def array(
         for path, value in limits.items():
             lab.stack.callback(path.write_text, path.read_text(encoding="ascii"), "ascii")
             path.write_text(value, encoding="ascii")
-    clean = [] if resync or missing or level == 0 else ["--assume-clean"]
-    if level == 0:
-        clean = ["--chunk=64"]
-    node = md(lab, level, members, *clean)
+    options = ["--chunk=64"] if level == 0 else ["--bitmap=none"]
+    if level and not resync:
+        options.append("--assume-clean")
+    node = md(lab, level, members, *options)
     if resync:
         action = SYSFS / "block/md100/md/sync_action"
         wait_until(lambda: action.read_text(encoding="ascii").strip() != "idle", "a resync")
@@ -342,7 +343,7 @@ stack("md-raid1-partition", modules="raid1", tools="mdadm")(
 @stack("lvm-on-md-on-partitions", modules="raid1 dm-mod", tools="mdadm lvm")
 def _tower(lab: Lab, size: int) -> Made:
     members = [partition(lab, lab.loop(size + 16 * MIB))[0] for _ in range(2)]
-    name = group(lab, md(lab, 1, members, "--assume-clean"))
+    name = group(lab, md(lab, 1, members, "--bitmap=none", "--assume-clean"))
     run("lvcreate", "-q", "-y", "-W", "n", "-n", "lv", "-L", f"{size}b", name)
     return ["/dev/mapper/stackvg-lv"]
 
@@ -354,7 +355,7 @@ def _tower(lab: Lab, size: int) -> Made:
 def _bcache(lab: Lab, size: int) -> Made:
     """Writeback."""
     backing, fast = lab.loop(size), lab.loop(24 * MIB)
-    run("make-bcache", "--writeback", "-B", backing, "-C", fast)
+    run("make-bcache", "--writeback", "--bucket", "64k", "-B", backing, "-C", fast)
     known = set(Path("/sys/block").glob("bcache*"))
     control = Path("/sys/fs/bcache")
     for path in (fast, backing):
@@ -415,7 +416,9 @@ def _head(lab: Lab, size: int) -> Made:
     link = port / "subsystems" / name
     link.symlink_to(subsystem)
     lab.stack.callback(link.unlink)
-    run("nvme", "connect", "-t", "loop", "-n", name)
+    host = str(uuid.uuid4())
+    names = [f"--hostnqn=nqn.2014-08.org.nvmexpress:uuid:{host}", f"--hostid={host}"]
+    run("nvme", "connect", "-t", "loop", "-n", name, *names)
     lab.stack.callback(run, "nvme", "disconnect", "-n", name)
     found: list[Path] = []
 
