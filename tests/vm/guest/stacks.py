@@ -358,6 +358,7 @@ def _bcache(lab: Lab, size: int) -> Made:
     run("make-bcache", "--writeback", "--bucket", "64k", "-B", backing, "-C", fast)
     known = set(Path("/sys/block").glob("bcache*"))
     control = Path("/sys/fs/bcache")
+    wait_until((control / "register").exists, f"{control}/register")
     for path in (fast, backing):
         (control / "register").write_text(path, encoding="ascii")
     found: list[Path] = []
