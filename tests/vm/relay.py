@@ -36,4 +36,7 @@ def read(share: Path) -> Iterator[Report]:
         return
     for line in text.splitlines(keepends=True):
         if line.endswith("\n"):
-            yield json.loads(line)
+            data = json.loads(line)
+            if isinstance(data["longrepr"], list):  # where a test was skipped, and why
+                data["longrepr"] = tuple(data["longrepr"])
+            yield data

@@ -102,7 +102,8 @@ class Disk:
                 driver="blklogwrites",
                 file=node,
                 log=f"{node}-log",
-                **{"log-sector-size": self.sector},
+                # The count of entries is with each of them, so that it is true after a power cut.
+                **{"log-sector-size": self.sector, "log-super-update-interval": 1},
             )
             node += "-logged"
         sectors = f"logical_block_size={self.sector},physical_block_size={self.sector}"
@@ -235,7 +236,7 @@ class Machine:
     def _end(self, what: str) -> str:
         return f"The machine with {self.kernel.version} {what}.\n{self.tail()}"
 
-    def tail(self, lines: int = 40) -> str:
+    def tail(self, lines: int = 80) -> str:
         """The last words of the machine, of each who spoke."""
         files = (self.folder / "qemu.log", self.console, self.share / "output")
         said = []

@@ -16,7 +16,6 @@ def test_kernel_is_the_one_asked_for(kernel: str) -> None:
     assert kernel == "newest" or os.uname().release.startswith(f"{kernel}.")
 
 
-@pytest.mark.brief
 def test_doctor_finds_all_in_order(lab: Lab) -> None:
     done = lab.blktrack("doctor", "--json")
     assert done.code == 0, done.out
