@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from blktrack.bpf import kernel
 from blktrack.cli import main
+from blktrack.config import Paths
 from tests.blockdev import TOP, Done, Lab, read_image, write_direct
 from tests.jails import FILL, SIZE, Grounds, full, increment
 from tests.loopdev import Disks
@@ -219,12 +221,15 @@ def test_what_needs_more_says_what(receiver: Receiver, disks: Disks) -> None:
 
 @pytest.mark.needs("root", "loop", "bpf")
 def test_without_bcc_nothing_is_compiled(receiver: Receiver, disks: Disks) -> None:
-    env = {"BLKTRACK_ROOT": str(disks.folder / "root")}
+    root = disks.folder / "root"
+    env = {"BLKTRACK_ROOT": str(root)}
+    disks.held.callback(kernel.remove, Paths.below(root).pins)
     done = receiver.run("-m", "blktrack", "track", disks.loop(SIZE), env=env, user=())
     assert done.code == 1
     assert done.err == (
         "blktrack: bcc's Python module is not installed\n  -> apt-get install python3-bpfcc\n"
     )
+    assert not Paths.below(root).pins.exists(), "and nothing is left in the kernel"
 
 
 def test_another_module_that_is_missing_is_a_mistake_of_ours(

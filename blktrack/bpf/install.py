@@ -21,7 +21,8 @@ def install(root: Path, kind: int) -> Kernel:
     """Attach the programs for `kind` of device, making maps and pins as needed."""
     mount_bpffs(root.parent)
     pins = root / fingerprint()
-    if not all((pins / name).exists() for name in MAPS):
+    new = not all((pins / name).exists() for name in MAPS)
+    if new:
         _create_maps(root, pins)
     kernel = Kernel(root)
     names = BY_KIND[kind]
@@ -30,6 +31,8 @@ def install(root: Path, kind: int) -> Kernel:
             _attach(pins, names, kernel.maps)
         except BaseException:
             kernel.close()
+            if new:  # of no use to anybody, and nobody would look for them
+                remove(root)
             raise
     return kernel
 

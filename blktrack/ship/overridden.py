@@ -18,21 +18,18 @@ from blktrack.ship.pack import ZERO, Index, resolve
 _WORTH = 1 << 20  # bytes; fewer are left where they are
 
 
-def give_back(fd: int, rows: Index, packed: int) -> int:
-    """Punch holes where no row counts any more; how many bytes. None where that cannot be done.
+def give_back(fd: int, rows: Index, packed: int) -> None:
+    """Punch holes where no row counts any more, if there is much, and it can be done.
 
     rows -- as they were written, and durable, as is their data: those that override others too.
     packed -- length of the pack.
     """
     unused = unused_in(resolve(rows), packed)
     if extent.total(unused) < _WORTH:
-        return 0
-    given = 0
+        return
     with contextlib.suppress(OSError):  # a file system that cannot
         for start, length in unused.tolist():
             linux.punch_hole(fd, start, length)
-            given += length
-    return given
 
 
 def unused_in(index: Index, packed: int) -> ExtentArray:
