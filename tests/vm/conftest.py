@@ -55,13 +55,6 @@ def is_guests(item: pytest.Item) -> bool:
     return not INSIDE and GUEST in item.path.parents
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Machines start while other tests run: there is a processor to spare."""
-    chosen = [item for item in session.items if is_guests(item)]
-    if chosen and not session.config.option.collectonly and not NEEDS.missing(NEEDED):
-        session.stash[RUNS] = Runs(chosen)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     if not is_guests(item):
@@ -77,7 +70,10 @@ def reports(item: pytest.Item) -> Iterator[pytest.TestReport]:
     if reason := NEEDS.missing(NEEDED):
         yield own_report(item, reason, skip=not CI)
         return
-    outcome = item.session.stash[RUNS].outcome(item)
+    session = item.session
+    if RUNS not in session.stash:
+        session.stash[RUNS] = Runs([each for each in session.items if is_guests(each)])
+    outcome = session.stash[RUNS].outcome(item)
     for data in outcome.reports:
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
         if report.failed:

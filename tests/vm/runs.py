@@ -1,6 +1,6 @@
 """Runs what is chosen of guest/: a machine for each kernel and row of MACHINES, two at a time.
 
-All machines are queued when the tests begin. A machine that is done is removed with
+All machines are queued when the first outcome is asked for. A machine that is done is removed with
 its disks, unless a test failed in it: then its folder stays below `failed` in the cache, until the
 next one of its name fails.
 """
