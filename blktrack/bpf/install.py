@@ -12,20 +12,20 @@ from blktrack import sysfs
 from blktrack.bpf import abi, layout, libbpf
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.compile import compile_programs, fingerprint, source
-from blktrack.bpf.kernel import BY_KIND, MAPS, Kernel, create_inner, remove
+from blktrack.bpf.kernel import BY_KIND, MAPS, Detached, Kernel, create_inner, remove
 from blktrack.bpf.planes import Geometry
 from blktrack.errors import BlktrackError
 
 
-def install(root: Path, kind: int) -> Kernel:
-    """Attach the programs for `kind` of device, making maps and pins as needed."""
+def install(root: Path, *kinds: int) -> Kernel:
+    """Attach the programs for these kinds of device, making maps and pins as needed."""
     mount_bpffs(root.parent)
     pins = root / fingerprint()
     new = not all((pins / name).exists() for name in MAPS)
     if new:
         _create_maps(root, pins)
     kernel = Kernel(root)
-    names = BY_KIND[kind]
+    names = tuple(name for kind in kinds for name in BY_KIND[kind])
     if not all((pins / f"link_{name}").exists() for name in names):
         try:
             _attach(pins, names, kernel.maps)
@@ -35,6 +35,19 @@ def install(root: Path, kind: int) -> Kernel:
                 remove(root)
             raise
     return kernel
+
+
+def hand_over(pins: Path, root: Path) -> None:
+    """Let an instance that is at rest and has no devices be the one below `root`, if none is."""
+    if not root.exists():
+        with contextlib.suppress(OSError):  # it would only save the time to load them again
+            pins.rename(root)
+
+
+def drop_unused(root: Path) -> None:
+    """Unpin all if no device has a slot."""
+    with contextlib.suppress(Detached), Kernel(root) as kernel:
+        kernel.drop_unused()
 
 
 def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None:

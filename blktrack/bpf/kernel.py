@@ -183,15 +183,28 @@ class Kernel:
 
     def remove(self, slot: int) -> None:
         """Free a slot; the last one of its kind takes the programs with it."""
+        self.free(slot)
+        for kind, names in BY_KIND.items():
+            if not self._windows["dev"][0, kind].any():
+                for name in names:
+                    (self.pins / f"link_{name}").unlink(missing_ok=True)
+        self.drop_unused()
+
+    def free(self, slot: int) -> None:
+        """Free a slot, and leave the programs where they are."""
         self._windows["dev"][0, :, slot] = 0
         self._relink()
         libbpf.delete(self._fds["planes"], _key(slot))  # waits for running programs
         for letter in "ab":
             (self.pins / f"slot_{slot}_{letter}").unlink(missing_ok=True)
-        for kind, names in BY_KIND.items():
-            if not self._windows["dev"][0, kind].any():
-                for name in names:
-                    (self.pins / f"link_{name}").unlink(missing_ok=True)
+
+    def free_all(self) -> None:
+        for slot in range(abi.SLOTS):
+            if self.window(slot):
+                self.free(slot)
+
+    def drop_unused(self) -> None:
+        """Without a slot in use, everything goes."""
         if not self._windows["dev"].any():
             remove(self.root)
 
