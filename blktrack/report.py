@@ -274,10 +274,36 @@ class Check(Report):
 
 
 @dataclass
+class Probed(Report):
+    """One way of changing a scratch device, and whether all of it was seen."""
+
+    name: str
+    result: str  # passed, failed, not here: the kernel or the device has nothing of the kind
+    reason: str  # why not passed
+
+
+@dataclass
+class ProbedKind(Report):
+    kind: str  # loop, zram, null_blk, dm
+    based: str  # request or bio: what shows the changes of such a device
+    verdict: str  # trusted, not trusted, not probed
+    reason: str  # why not trusted, or not probed
+    probes: list[Probed]
+
+
+@dataclass
+class ProbeReport(Report):
+    ok: bool  # all that is here passed
+    duration_s: float
+    kinds: list[ProbedKind]
+
+
+@dataclass
 class DoctorReport(Report):
     ok: bool
     kernel: str
     checks: list[Check]
+    probe: ProbeReport | None = None  # None: it was not asked for, or a check failed that it needs
 
 
 @dataclass

@@ -4,6 +4,7 @@
     LIB/devices/ID/links/LINK.json         replica, cursor, what the link is in the middle of
     LIB/devices/ID/history.jsonl           what each run of a link did, see history.py
     LIB/devices/ID/rest.json, LINK.rest    while at rest: the device's fingerprint, pending sets
+    LIB/probe.json                         what kernels were found to show, see probe/verdict.py
     RUN/kernel.lock                        held while programs and slots change
     RUN/devices/ID/lock                    held while maps are swapped and merged, never for long
     RUN/devices/ID/epoch.json              epoch, is the retired map clear, misses accounted for
