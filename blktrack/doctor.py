@@ -15,7 +15,7 @@ from blktrack.bpf import install, layout, libbpf
 from blktrack.bpf.btf import VMLINUX, Btf
 from blktrack.bpf.compile import import_bcc
 from blktrack.config import Paths
-from blktrack.errors import BlktrackError
+from blktrack.errors import BlktrackError, Interrupted
 from blktrack.report import Check, DoctorReport
 from blktrack.ship import ssh
 
@@ -23,10 +23,13 @@ LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _OLDEST = (5, 14)
 
 
-def examine(paths: Paths, *, elsewhere: bool = False) -> DoctorReport:
+def examine(
+    paths: Paths, *, elsewhere: bool = False, programs: Callable[[], object] = install.probe
+) -> DoctorReport:
     """All checks, in the order in which one depends on another.
 
     elsewhere -- there are replicas on other hosts.
+    programs -- compiles and loads all of them, and may do more with them.
     """
     checks = [
         _root(),
@@ -36,7 +39,7 @@ def examine(paths: Paths, *, elsewhere: bool = False) -> DoctorReport:
         _bcc(),
         _btf(),
         _bpffs(paths),
-        _programs(),
+        _programs(programs),
         _blkid(),
         _state(paths),
         *([_ssh()] if elsewhere else []),
@@ -83,6 +86,8 @@ def _lockdown() -> Check:
 def _try(name: str, good: str, attempt: Callable[[], object], remedy: str) -> Check:
     try:
         attempt()
+    except Interrupted:
+        raise
     except BlktrackError as error:
         return Check(name, False, str(error), error.hint if name == "btf" else remedy)
     except (OSError, ImportError) as error:
@@ -134,11 +139,11 @@ def _bpffs(paths: Paths) -> Check:
     )
 
 
-def _programs() -> Check:
+def _programs(attempt: Callable[[], object]) -> Check:
     return _try(
         "programs",
         "all tracking programs compile and load",
-        install.probe,
+        attempt,
         "mend the failures above; if there is none, report this kernel",
     )
 

@@ -20,6 +20,7 @@ from blktrack.extent import ExtentArray
 from blktrack.observer import Observer
 from blktrack.options import Options
 from blktrack.point import Point
+from blktrack.probe import verdict
 from blktrack.quiesce.find import file_systems
 from blktrack.quiesce.freeze import Freeze
 from blktrack.rates import Rates
@@ -169,6 +170,7 @@ class Round(ABC):
 
     def _drain(self, state: DeviceState, observer: Observer) -> tuple[Tracking, Swap]:
         """The tracking just after a swap; after a gap, that of a new generation."""
+        verdict.check_anew(self.store, state, self.device, observer)
         with contextlib.ExitStack() as stack:
             try:
                 tracking = stack.enter_context(open_tracking(self.store, state, self.device))

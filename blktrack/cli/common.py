@@ -131,6 +131,25 @@ def interruptible(doing: str, kept: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def deferring(doing: str, kept: str) -> Iterator[Callable[[], None]]:
+    """SIGINT, SIGTERM and SIGHUP wait until the function that this gives is called, which then
+    raises Interrupted; the same once more ends the process."""
+    came: list[int] = []
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        came.append(number)
+
+    def stop() -> None:
+        if came:
+            raise Interrupted(f"{doing} was interrupted", signum=came[0], hint=kept)
+
+    with _on_signals(on_signal):
+        yield stop
+        stop()
+
+
+@contextlib.contextmanager
 def _on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """One that is ignored, as by nohup, stays so."""
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -1,4 +1,5 @@
-"""Begin to track a device's changes. A second call changes nothing.
+"""Begin to track a device's changes. A second call changes nothing. The first on a kernel probes
+it on a scratch device, in a moment, and refuses what cannot be tracked on it.
 
 blktrack track /dev/sdb
 blktrack track /dev/vg0/data --granularity 64K
@@ -9,8 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from blktrack.cli.common import add_json, add_quiet, emit, renew_unit, size, store
+from blktrack.cli.common import add_json, add_quiet, deferring, emit, renew_unit, size, store
 from blktrack.cli.progress import Watcher
+from blktrack.device import source
+from blktrack.errors import BlktrackError
+from blktrack.probe import verdict
 from blktrack.tracker import tracker
 from blktrack.units import format_size
 
@@ -31,7 +35,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with Watcher(quiet=args.quiet) as watcher:
-        report = tracker.track(store(), args.device, args.granularity, watcher)
+        device = source(args.device)
+        with deferring("the probe of this kernel", "nothing is tracked that was not") as stop:
+            unknown = verdict.check(store(), device, watcher, stop, hand_on=True)
+        try:
+            report = tracker.track(store(), args.device, args.granularity, watcher)
+        except BlktrackError:
+            verdict.drop_unused(store())
+            raise
+    if unknown:
+        report.warnings.append(verdict.not_probed(unknown))
     renew_unit()
     for warning in report.warnings:
         if not args.quiet:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from blktrack.device import check
 from blktrack.errors import BlktrackError, Busy
 from blktrack.observer import NOBODY, Observer
+from blktrack.probe import verdict
 from blktrack.report import DeviceAction
 from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
@@ -107,6 +108,7 @@ def _start(
 ) -> DeviceAction:
     resting = state.resting
     observer.phase(f"tracking {device.path} on", 0)
+    verdict.check_anew(store, state, device, observer)
     try:
         open_tracking(store, state, device).close()
     except Gap:
