@@ -80,6 +80,17 @@ def zram() -> str:
     return ""
 
 
+def io_limit() -> str:
+    """Cgroups can be held to a rate of I/O, by the controller of either version."""
+    old = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+        _, point, kind, *_ = line.split(" ")
+        control = Path(point) / "cgroup.subtree_control"
+        if kind == "cgroup2" and "io" in control.read_text(encoding="ascii").split():
+            return ""
+    return "" if old.exists() else "no cgroup controller for I/O"
+
+
 def fuse() -> str:
     """The kernel's side of FUSE; the tests bring their own server."""
     try:
@@ -168,6 +179,7 @@ PROBES: dict[str, Probe] = {
     "bpf": bpf,
     "zram": zram,
     "fuse": fuse,
+    "io_limit": io_limit,
     "ext4": functools.partial(filesystem, "ext4"),
     "xfs": functools.partial(filesystem, "xfs"),
     "postgres": postgres,

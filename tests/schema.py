@@ -202,6 +202,13 @@ DOCTOR = {
     "ok": bool,
     "kernel": str,
     "checks": [{"name": str, "ok": bool, "detail": str, "remedy": str}],
+    "probe": None,
+}
+PROBED = {"name": str, "result": str, "reason": str}
+PROBE = {
+    "ok": True,
+    "duration_s": float,
+    "kinds": [{"kind": str, "based": str, "verdict": str, "reason": str, "probes": [PROBED]}],
 }
 FINDING = {"key": str, "message": str, "hint": str}
 POLICY = {
