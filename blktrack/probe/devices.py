@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from blktrack import linux
 from blktrack.errors import UsageError
+from blktrack.probe import ioctls
 from blktrack.probe.room import PATIENCE, ZRAM, Room, dmsetup
 from blktrack.sysfs import SYSFS, BlockDevice
 from blktrack.units import MIB, SECTOR
@@ -51,10 +51,10 @@ def _loop(room: Room, held: ExitStack) -> str:
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         while True:
-            name = f"loop{linux.free_loop(control)}"
+            name = f"loop{ioctls.free_loop(control)}"
             fd = os.open(_node(name), os.O_RDWR | os.O_CLOEXEC)
             try:
-                linux.attach_loop(fd, backing, SECTOR)
+                ioctls.attach_loop(fd, backing, SECTOR)
             except OSError as error:
                 os.close(fd)
                 if error.errno != errno.EBUSY:  # another took it in between

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from blktrack import linux
-from blktrack.probe import throttle
+from blktrack.probe import ioctls, throttle
 from blktrack.probe.bench import LARGEST, Bench, Range, Unseen, Watched
 from blktrack.probe.devices import Absent
 from blktrack.probe.room import PATIENCE
@@ -43,7 +43,7 @@ def _partition(bench: Bench, place: int) -> list[Range]:
     block = bench.device.block_size
     start, length = place + 63 * block, 4 * MIB + block
     try:
-        linux.add_partition(bench.fd, 1, start, length)
+        ioctls.add_partition(bench.fd, 1, start, length)
     except OSError as error:
         # EINVAL: GENHD_FL_NO_PART, as zram and device-mapper have it
         raise Absent(f"such a device takes no partition ({error.strerror})") from error
@@ -60,7 +60,7 @@ def _partition(bench: Bench, place: int) -> list[Range]:
         watched.check([*inside, (through[0] - start, block)])
         return [*((start + at, size) for at, size in inside), through, beside]
     finally:
-        _until_done(lambda: linux.remove_partition(bench.fd, 1))
+        _until_done(lambda: ioctls.remove_partition(bench.fd, 1))
 
 
 def _first_partition(disk: BlockDevice) -> BlockDevice:
