@@ -114,7 +114,7 @@ class DeviceState:
     slot: int = -1
     generation: str = ""  # "" between a doubt and the next generation
     began: float = 0.0
-    programs: dict[str, int] = field(default_factory=dict)  # link ids by program
+    programs: dict[str, list[int]] = field(default_factory=dict)  # ids of links, by program
     maps: list[int] = field(default_factory=list)  # ids of the two inner maps
     resting: bool = False  # put to rest by `stop`: nothing is attached, see Rest
     in_use: str = ""  # why `stop` could not put it to rest
@@ -173,8 +173,9 @@ class Epoch:
     generation: str
     number: int = 0
     clear: bool = True  # the retired map holds nothing
-    submit_missed: int = 0  # program runs skipped by the kernel that are accounted for
-    complete_missed: int = 0
+    # Runs that the kernel skipped of each copy of the programs, as far as they are accounted for.
+    submit_skipped: list[int] = field(default_factory=list)
+    complete_skipped: list[int] = field(default_factory=list)
     submit_unsure: bool = False  # the epoch before missed submissions
     # What is accounted for (account.py), by slot: bytes of unbegun and unended changes.
     accounts: dict[str, list[int]] = field(default_factory=dict)

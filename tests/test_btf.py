@@ -57,6 +57,7 @@ COMMON: dict[str, int | str] = {
     # WRITE 1, DISCARD 3, SECURE_ERASE 5, WRITE_ZEROES 9; not ZONE_APPEND 7, once WRITE_SAME's
     "CHANGE_OPS": "0x22aULL",
     "HARMLESS_OPS": "0x5ULL",  # READ 0, FLUSH 2
+    "COPIES": 1,
     "RQ_ISSUE_ARG": 0,
     "RQ_COMPLETE_ARG": 0,
     "RQ_COMPLETE_BYTES_ARG": 2,

@@ -13,7 +13,8 @@ import pytest
 
 from blktrack.bpf import abi, compile, layout, libbpf
 from blktrack.bpf.btf import Btf
-from blktrack.bpf.kernel import BY_KIND, Kernel, Program
+from blktrack.bpf.kernel import Kernel
+from blktrack.bpf.programs import BY_KIND, Program
 from blktrack.tracker import tracker
 from blktrack.tracker.tracking import Gap
 from blktrack.units import KIB, MIB, format_size
@@ -234,7 +235,7 @@ def skipped(monkeypatch: pytest.MonkeyPatch, runs: dict[str, int]) -> Iterator[N
 
     def counted(self: Kernel, kind: int) -> dict[str, Program]:
         return {
-            name: replace(program, missed=program.missed + runs.get(name, 0))
+            name: replace(program, skipped=tuple(n + runs.get(name, 0) for n in program.skipped))
             for name, program in programs(self, kind).items()
         }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blktrack.bpf import abi, install, kernel, layout, libbpf
-from blktrack.bpf.kernel import BY_KIND
+from blktrack.bpf.programs import BY_KIND
 from blktrack.config import Paths
 
 # The kernel refuses to look at more than a million instructions (BPF_COMPLEXITY_LIMIT_INSNS).
@@ -57,8 +57,8 @@ def test_programs_attach_and_go(kind: int, pins: Path) -> None:
         assert not any(program.missed for program in programs.values())
     # They stay without us, and who comes next finds the same ones.
     with install.install(pins, kind) as second:
-        assert {n: p.link_id for n, p in second.programs(kind).items()} == {
-            n: p.link_id for n, p in programs.items()
+        assert {n: p.links for n, p in second.programs(kind).items()} == {
+            n: p.links for n, p in programs.items()
         }
     other = next(k for k in BY_KIND if k != kind)
     with kernel.Kernel(pins) as third, pytest.raises(kernel.Detached):

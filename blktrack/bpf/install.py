@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 from collections.abc import Iterable, Mapping
@@ -12,8 +13,9 @@ from blktrack import sysfs
 from blktrack.bpf import abi, layout, libbpf
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.compile import compile_programs, fingerprint, source
-from blktrack.bpf.kernel import BY_KIND, MAPS, Detached, Kernel, create_inner, remove
+from blktrack.bpf.kernel import MAPS, Detached, Kernel, create_inner, remove
 from blktrack.bpf.planes import Geometry
+from blktrack.bpf.programs import BY_KIND, copies_of
 from blktrack.errors import BlktrackError
 
 
@@ -51,17 +53,20 @@ def drop_unused(root: Path) -> None:
 
 
 def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None:
-    """Load all, then attach completions first: what is seen to begin is then seen to end."""
+    """Load all, then attach completions first: what is seen to begin is then seen to end.
+
+    Copies are pinned before what they are copies of, so that with this they are all there.
+    """
     links: dict[str, int] = {}
     programs: dict[str, int] = {}
     try:
         programs = load(names, maps)
-        for name in reversed(names):
+        for name in reversed(programs):
             links[name] = libbpf.attach(programs[name])
-        for name in names:
+        for name, link in links.items():
             path = pins / f"link_{name}"
             path.unlink(missing_ok=True)
-            libbpf.pin(links[name], path)
+            libbpf.pin(link, path)
     except OSError as error:
         raise BlktrackError(
             f"the kernel refused to attach the tracking programs: {error}",
@@ -73,14 +78,16 @@ def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None
 
 
 def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
-    """Compile and load programs for the running kernel: descriptors by name."""
+    """Compile and load programs for the running kernel, with copies: descriptors by name."""
     btf = Btf()
     loaded: dict[str, int] = {}
     try:
         code = compile_programs(source(layout.constants(btf), maps))
         for name in names:
             target = btf.tracepoint(layout.PROGRAMS[name])
-            loaded[name] = libbpf.load_program(name, code[name], target)
+            count = layout.copies(btf) if name in BY_KIND[abi.KIND_BIO] else 1
+            for copy in itertools.islice(copies_of(name), count):
+                loaded[copy] = libbpf.load_program(name, code[name], target)
     except (OSError, ValueError) as error:
         for fd in loaded.values():
             os.close(fd)

@@ -1,7 +1,7 @@
 """The programs and maps of one blktrack instance, pinned in bpffs so that they outlive processes.
 
     PINS/TEXT/windows planes stats inflight    the shared maps
-    PINS/TEXT/link_NAME                        an attached program each
+    PINS/TEXT/link_NAME, link_NAME_2 …         an attached program each, and its copies (layout.py)
     PINS/TEXT/slot_N_a, slot_N_b               the two inner maps of the device in slot N
 
 TEXT is the fingerprint of the program text, so that another version of blktrack never reads maps
@@ -17,7 +17,7 @@ import ctypes as ct
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,13 +28,10 @@ from numpy.typing import NDArray
 from blktrack.bpf import abi, libbpf
 from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.planes import Geometry, Planes, Reading, possible_cpus, stats_reader
+from blktrack.bpf.programs import BY_KIND, Program, pinned_copies
 from blktrack.errors import BlktrackError
 from blktrack.units import SECTOR, format_size
 
-BY_KIND = {
-    abi.KIND_REQUEST: ("blk_rq_issue", "blk_rq_complete"),
-    abi.KIND_BIO: ("blk_bio_queue", "blk_bio_complete"),
-}
 MAPS = ("windows", "planes", "stats", "inflight")
 
 
@@ -69,16 +66,6 @@ class Window:
         return Geometry(-(-self.length // self.granularity))
 
 
-@dataclass(frozen=True)
-class Program:
-    """An attached program's numbers, from the kernel's own accounting."""
-
-    link_id: int
-    missed: int  # runs skipped because it was running on that CPU already
-    runs: int  # counted while kernel.bpf_stats_enabled is on
-    run_ns: int
-
-
 def _key(number: int) -> bytes:
     return ct.c_uint32(number).value.to_bytes(4, "little")
 
@@ -102,25 +89,23 @@ class Kernel:
 
     def programs(self, kind: int) -> dict[str, Program]:
         """The attached programs for a kind of device. Detached if a pin is missing."""
-        found = {}
-        for name in BY_KIND[kind]:
+        return {name: Program.of(self._copies(name)) for name in BY_KIND[kind]}
+
+    def _copies(self, name: str) -> Iterator[tuple[int, libbpf.ProgramInfo]]:
+        for copy in pinned_copies(self.pins, name):
             try:
-                link = libbpf.open_pin(self.pins / f"link_{name}")
+                link = libbpf.open_pin(self.pins / f"link_{copy}")
             except OSError as error:
-                raise _missing(f"program {name} is no longer pinned", error) from error
+                raise _missing(f"program {copy} is no longer pinned", error) from error
             try:
                 link_info = libbpf.info(link, libbpf.LinkInfo)
                 program = libbpf.program_by_id(link_info.prog_id)
             finally:
                 os.close(link)
             try:
-                info = libbpf.info(program, libbpf.ProgramInfo)
+                yield link_info.id, libbpf.info(program, libbpf.ProgramInfo)
             finally:
                 os.close(program)
-            found[name] = Program(
-                link_info.id, info.recursion_misses, info.run_cnt, info.run_time_ns
-            )
-        return found
 
     def window(self, slot: int) -> Window | None:
         """What a slot tracks now; None if it is free."""
@@ -187,7 +172,8 @@ class Kernel:
         for kind, names in BY_KIND.items():
             if not self._windows["dev"][0, kind].any():
                 for name in names:
-                    (self.pins / f"link_{name}").unlink(missing_ok=True)
+                    for copy in pinned_copies(self.pins, name):
+                        (self.pins / f"link_{copy}").unlink(missing_ok=True)
         self.drop_unused()
 
     def free(self, slot: int) -> None:

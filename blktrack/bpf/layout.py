@@ -46,13 +46,24 @@ def constants(btf: Btf) -> dict[str, int | str]:
         found: dict[str, int | str] = {
             name: btf.offset(struct, path) for name, (struct, path) in _FIELDS.items()
         }
-        found |= _disks(btf) | _operations(btf) | _arguments(btf)
+        found |= _disks(btf) | _operations(btf) | _arguments(btf) | {"COPIES": copies(btf)}
     except KeyError as error:
         raise UnknownKernel(
             f"this kernel's BTF has no {error.args[0]}, which tracking needs",
             hint="use a kernel from 5.14 on that has BTF (CONFIG_DEBUG_INFO_BTF)",
         ) from error
     return found
+
+
+def copies(btf: Btf) -> int:
+    """How many of each bio program have to be attached, so that what one misses another sees.
+
+    The kernel does not run a program that is running on that CPU already. For long that came about
+    in its interrupts alone. Since SRCU guards tracepoints (a46023d5616e) a program can be preempted
+    as well, and what other tasks do on that CPU meanwhile goes by it. Of three, each would have to
+    be preempted in a task of its own, on one CPU, at one time.
+    """
+    return 3 if btf.has("tp_transition_snapshot", "srcu_gp") else 1
 
 
 def has_rw_page(btf: Btf) -> bool:

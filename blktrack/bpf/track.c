@@ -3,7 +3,8 @@
  * The four programs. Request-based disks are followed through requests: issue comes before the driver
  * sees the change, completion before the submitter hears of it. Bio-based ones (device-mapper, md,
  * zram) show only bios, and a completed bio no longer tells its range once it was split, so the range
- * is remembered from queue to completion by bio pointer.
+ * is remembered from queue to completion by bio pointer. Where programs can be preempted, several
+ * copies of the bio programs are attached (layout.py); what one has seen the others find done.
  *
  * Maps, all made and pinned by user space:
  *   windows   array of one   written by user space only
@@ -104,6 +105,12 @@ INLINE void complete(struct windows *ws, volatile struct bio_range *bio, bool la
 	}
 }
 
+INLINE bool same(volatile struct bio_range *found, struct bio_range *bio)
+{
+	return found && found->dev == bio->dev && found->op == bio->op && found->bytes == bio->bytes &&
+	       found->sector == bio->sector;
+}
+
 int blk_bio_queue(u64 *ctx)
 {
 	struct windows *ws = VALUE(FD_WINDOWS);
@@ -130,12 +137,17 @@ int blk_bio_queue(u64 *ctx)
 	if (!bytes)
 		return 0;
 
-	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot) {
-		mark(ws, slot, SUBMITTED, bio_range(bio));
+	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
 		tracked = true;
-	}
 	if (!tracked)
 		return 0;
+#if COPIES > 1
+	/* Another copy was here before. If not, it is the same change once more: it is remembered. */
+	if (same(bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key), &entry))
+		return 0;
+#endif
+	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
+		mark(ws, slot, SUBMITTED, bio_range(bio));
 
 	error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_NOEXIST);
 	if (!error)

@@ -111,7 +111,8 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 	struct stats *s = stats_of(slot);
 	void *map;
 
-	/* Plain additions: a program never runs twice at once on a CPU, and only one adds to each. */
+	/* Plain additions: a program never runs twice at once on a CPU, and only one adds to each.
+	 * Copies may disturb each other; their counts are shown, and nothing depends on them. */
 	if (s && plane == SUBMITTED)
 		s->begun += r.sectors << 9;
 	if (s && plane == COMPLETED)

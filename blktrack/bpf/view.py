@@ -8,13 +8,15 @@ more, is asked from then on.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from blktrack.bpf import libbpf
 from blktrack.bpf.compile import fingerprint
-from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
+from blktrack.bpf.kernel import Detached, Kernel
 from blktrack.bpf.planes import Geometry, Planes
+from blktrack.bpf.programs import BY_KIND, Program, copies_of
 
 Stamp = tuple[int, int]
 
@@ -67,8 +69,8 @@ class View:
         self._before, self._programs = self._programs, {}
         for names in BY_KIND.values():
             for name in names:
-                if program := self._program(name):
-                    self._programs[name] = program
+                if told := list(self._copies(name)):
+                    self._programs[name] = Program.of(told)
 
     @property
     def kernel(self) -> Kernel:
@@ -89,7 +91,7 @@ class View:
         change, total = 0.0, 0
         for name in BY_KIND[kind]:
             now, before = self._programs.get(name), self._before.get(name)
-            if now is None or before is None or now.link_id != before.link_id:
+            if now is None or before is None or now.links != before.links:
                 return None
             runs, run_ns = now.runs - before.runs, now.run_ns - before.run_ns
             if runs <= 0:
@@ -114,7 +116,14 @@ class View:
             both.append(planes)
         return both
 
-    def _program(self, name: str) -> Program | None:
+    def _copies(self, name: str) -> Iterator[tuple[int, libbpf.ProgramInfo]]:
+        for copy in copies_of(name):
+            told = self._program(copy)
+            if told is None:
+                return
+            yield told
+
+    def _program(self, name: str) -> tuple[int, libbpf.ProgramInfo] | None:
         path = self._pins / f"link_{name}"
         stamp, known = _stamp(path), self._attached.get(name)
         if known is not None and known.stamp != stamp:
@@ -133,8 +142,7 @@ class View:
             except OSError:  # gone since
                 return None
             self._attached[name] = known
-        told = libbpf.info(known.program, libbpf.ProgramInfo)
-        return Program(known.link_id, told.recursion_misses, told.run_cnt, told.run_time_ns)
+        return known.link_id, libbpf.info(known.program, libbpf.ProgramInfo)
 
     def close(self) -> None:
         if self._kernel is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from blktrack import bitmap
-from blktrack.bpf.kernel import BY_KIND, Detached, Kernel
+from blktrack.bpf.kernel import Detached, Kernel
 from blktrack.bpf.planes import Geometry
+from blktrack.bpf.programs import BY_KIND
 from blktrack.metrics.names import DEVICE_STATES
 from blktrack.metrics.text import Exposition, Labels
 from blktrack.report import DeviceStatus

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from blktrack.bpf.kernel import Kernel, Program
+from blktrack.bpf.kernel import Kernel
+from blktrack.bpf.programs import Program
 from blktrack.state import DeviceState, Epoch
 from blktrack.sysfs import BlockDevice, boot_id
 from blktrack.tracker.account import Account
@@ -40,7 +41,7 @@ def of_identity(state: DeviceState, device: BlockDevice) -> str | None:
 def of_programs(state: DeviceState, programs: dict[str, Program]) -> str | None:
     """Are they the very programs that the generation began with?"""
     for name, program in programs.items():
-        if state.programs.get(name) != program.link_id:
+        if state.programs.get(name) != list(program.links):
             return f"program {name} was detached and attached anew"
     return None
 
@@ -87,8 +88,8 @@ def of_misses(epoch: Epoch, submit: Program, complete: Program, *, bio: bool) ->
     table of what is in flight. There a completion tells no range without its submission; on others
     the two must both be missing.
     """
-    submits = submit.missed - epoch.submit_missed
-    completes = complete.missed - epoch.complete_missed
+    submits = submit.missed_since(epoch.submit_skipped)
+    completes = complete.missed_since(epoch.complete_skipped)
     if bio and submits:
         return f"the kernel skipped {submits} runs of the program that sees writes begin"
     if not bio and completes and (submits or epoch.submit_unsure):

@@ -16,8 +16,9 @@ from blktrack.bitfile import BitFile
 from blktrack.bpf import abi, layout
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.install import install
-from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Window
+from blktrack.bpf.kernel import Detached, Kernel, Window
 from blktrack.bpf.planes import Geometry
+from blktrack.bpf.programs import BY_KIND
 from blktrack.device import bypasses_bios, device_id
 from blktrack.errors import BlktrackError, Refused, UsageError
 from blktrack.observer import NOBODY, Observer
@@ -133,9 +134,9 @@ def occupy(
     if window.kind == abi.KIND_BIO:
         observer.phase(f"waiting for a moment without I/O on {device.path}", 0)
         wait_for_bios(device)
-    state.programs = {name: program.link_id for name, program in programs.items()}
-    epoch.submit_missed, epoch.complete_missed = (
-        programs[name].missed for name in BY_KIND[window.kind]
+    state.programs = {name: list(program.links) for name, program in programs.items()}
+    epoch.submit_skipped, epoch.complete_skipped = (
+        list(programs[name].skipped) for name in BY_KIND[window.kind]
     )
 
 

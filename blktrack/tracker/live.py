@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from blktrack.bpf import abi
-from blktrack.bpf.kernel import BY_KIND, Detached
+from blktrack.bpf.kernel import Detached
 from blktrack.bpf.planes import Planes, stats_reader
+from blktrack.bpf.programs import BY_KIND
 from blktrack.bpf.view import View
 from blktrack.errors import BlktrackError
 from blktrack.report import TopDevice, TopReport

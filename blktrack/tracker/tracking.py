@@ -14,7 +14,8 @@ import numpy as np
 from blktrack import crash
 from blktrack.bitmap import Words
 from blktrack.bpf import abi
-from blktrack.bpf.kernel import BY_KIND, Detached, Kernel, Program
+from blktrack.bpf.kernel import Detached, Kernel
+from blktrack.bpf.programs import BY_KIND, Program
 from blktrack.errors import BlktrackError
 from blktrack.state import DeviceState, Epoch, Store
 from blktrack.sysfs import BlockDevice
@@ -39,7 +40,7 @@ class Swap:
     generation: str
     epoch: int
     time: float
-    missed: int  # runs of the program that sees changes begin, skipped by then
+    skipped: tuple[int, ...]  # runs of the program that sees changes begin, by then, of each copy
 
 
 class Tracking:
@@ -124,14 +125,15 @@ class Tracking:
         self.active, self.retired = self.retired, self.active
         self._absorb()
         self.epoch.number += 1
-        self.epoch.submit_missed, self.epoch.complete_missed = submit.missed, complete.missed
+        self.epoch.submit_skipped = list(submit.skipped)
+        self.epoch.complete_skipped = list(complete.skipped)
         known = account.known(self.epoch, self.state.slot)
         if known and before and before.exact:
             known = known.at_least(unended=before.unended)
         account.remember(self.epoch, self.state.slot, known)
         self.store.save_epoch(self.state.id, self.epoch)
         crash.point("drain-recorded")
-        return Swap(self.state.generation, self.epoch.number, at, submit.missed)
+        return Swap(self.state.generation, self.epoch.number, at, submit.skipped)
 
     def _absorb(self) -> None:
         if reason := absorb(self):
@@ -159,7 +161,7 @@ class Tracking:
         """Whether no change since then began unseen, as far as the kernel counts what ends."""
         known = account.known(self.epoch, self.state.slot)
         unseen = doubt.of_account(known, self.counts())
-        return self.program_pair()[0].missed == swap.missed and not unseen
+        return not self.program_pair()[0].missed_since(swap.skipped) and not unseen
 
     def submitted(self) -> Words:
         """Granules to which changes were submitted since the last drain."""
@@ -175,7 +177,7 @@ class Tracking:
         submit, _ = self.program_pair()
         return (
             not self.active.any_set(abi.SUBMITTED)
-            and submit.missed == self.epoch.submit_missed
+            and not submit.missed_since(self.epoch.submit_skipped)
             and doubt.of_counters(self.kernel.stats(self.state.slot)) is None
         )
 

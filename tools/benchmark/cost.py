@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blktrack.bpf import abi, compile, kernel, layout, libbpf
+from blktrack.bpf import abi, compile, layout, libbpf
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.kernel import Kernel
+from blktrack.bpf.programs import BY_KIND
 from blktrack.tracker.opening import hold
 from blktrack.tracker.tracker import find
 from blktrack.tracker.tracking import Tracking
@@ -21,7 +22,7 @@ from tools.benchmark.load import fio
 
 NAMES = ("cost",)
 SWITCH = Path("/proc/sys/kernel/bpf_stats_enabled")
-ISSUE, COMPLETE = kernel.BY_KIND[abi.KIND_REQUEST]
+ISSUE, COMPLETE = BY_KIND[abi.KIND_REQUEST]
 _LARGE = 240 * GIB  # the largest at a granularity of 4 KiB by default
 
 
