@@ -124,6 +124,11 @@ class BlockDevice:
         return sum(int(word) for word in (_text(self.disk.sys / "inflight") or "0").split())
 
     @property
+    def suspended(self) -> bool:
+        """Whether device-mapper holds back what is submitted to it; `in_flight` leaves that out."""
+        return _number(self.disk.sys / "dm/suspended") == 1
+
+    @property
     def holders(self) -> list[str]:
         """Devices stacked on this one or, for a disk, on its partitions."""
         found = [entry.name for entry in _entries(self.sys / "holders")]

@@ -420,7 +420,7 @@ class Watch:
             sets.pending.clear()
             drained = bitmap.extents(found, sets.granularity, sets.size)
             counters = tracking.counters()
-        harmless = ("begun", "ended", "writes", "written", "late")
+        harmless = ("begun", "ended", "writes", "written", "early", "late")
         losses = {name: count for name, count in counters.items() if name not in harmless}
         unseen = counters["begun"] - counters["ended"]
         before, self._unseen = self._unseen, unseen

@@ -108,6 +108,15 @@ def test_io_that_never_pauses(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> N
     assert "less busy" in caught.value.hint
 
 
+def test_a_device_that_stays_suspended(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = BlockDevice.find(shared.loop(SIZE))
+    monkeypatch.setattr(BlockDevice, "suspended", True)
+    monkeypatch.setattr(generation, "_DRAIN_SECONDS", 0.01)
+    with pytest.raises(BlktrackError, match="was suspended for") as caught:
+        generation.wait_for_bios(device)
+    assert "dmsetup resume" in caught.value.hint
+
+
 def test_tracking_that_began_anew_during_a_sync(shared: Lab) -> None:
     device, replica = filled(shared, SIZE), shared.name("replica")
     shared.track(device)

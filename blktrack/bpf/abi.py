@@ -12,6 +12,7 @@ SLOTS = 64  # tracked devices at once
 LEVELS = 4  # radix-64 levels of a plane, see `track.h`
 INFLIGHT = 65536  # bios of bio-based devices between queue and completion
 MAX_RANGES = 256  # (discard range, slot) pairs of one request; more would be too much to verify
+MAX_SPLITS = 4  # times that a bio is split and its part split again
 
 # Which events show a device's changes.
 KIND_REQUEST, KIND_BIO = 0, 1
@@ -29,7 +30,7 @@ WINDOW = np.dtype(
         ("plane_words", "u4"),  # words of a plane
         ("first", "u4"),  # lowest slot on the same disk
         ("next", "u4"),  # next higher slot on the same disk, SLOTS after the last
-        ("pad", "u4"),
+        ("settled", "u4"),  # 1: whatever is in flight was seen to begin
     ],
     align=True,
 )
@@ -51,6 +52,8 @@ STATS = np.dtype(
         ("beyond", "u8"),  # change beyond the end that the disk had when tracking began
         ("full", "u8"),  # bio not remembered: its completion cannot be marked
         ("overflow", "u8"),  # request with more ranges than a program may walk
+        ("unbegun", "u8"),  # bio that ended and was not seen to begin, once `settled`
+        ("early", "u8"),  # no loss: the same before that
         ("late", "u8"),  # no loss: remembered bio, seen to have completed only afterwards
     ],
     align=True,
@@ -85,6 +88,7 @@ def c_header() -> str:
         "SLOTS": SLOTS,
         "LEVELS": LEVELS,
         "MAX_RANGES": MAX_RANGES,
+        "MAX_SPLITS": MAX_SPLITS,
         "KIND_REQUEST": KIND_REQUEST,
         "KIND_BIO": KIND_BIO,
         "SUBMITTED": SUBMITTED,

@@ -122,7 +122,7 @@ class Kernel:
         found = ((slot, self.window(slot)) for slot in range(abi.SLOTS))
         return [slot for slot, w in found if w and (w.disk, w.start) == (disk, start)]
 
-    def add(self, window: Window) -> int:
+    def add(self, window: Window, *, settled: bool = False) -> int:
         """Give a device a slot with two empty inner maps and zero counters, active at once."""
         free = next((slot for slot in range(abi.SLOTS) if self.window(slot) is None), None)
         if free is None:
@@ -155,6 +155,7 @@ class Kernel:
         entry[free]["end"] = (window.start + window.length) // SECTOR
         entry[free]["shift"] = (window.granularity // SECTOR).bit_length() - 1
         entry[free]["whole"] = window.whole
+        entry[free]["settled"] = settled
         entry[free]["level"] = geometry.offsets
         entry[free]["plane_words"] = geometry.plane_words
         # A whole chain leads on from here before the slot is found, so that walks of the disk's
@@ -165,6 +166,15 @@ class Kernel:
         self._windows["dev"][0, window.kind, free] = window.disk
         self._relink()
         return free
+
+    def settle(self, slot: int, active: Planes) -> None:
+        """From here on a bio that ends without having been seen to begin is a loss.
+
+        The kernel counts a bio as ended just before the program runs on it: what is on its way
+        there is waited for, as by any swap.
+        """
+        self.swap(slot, active)
+        self._windows["window"][0, slot]["settled"] = 1
 
     def remove(self, slot: int) -> None:
         """Free a slot; the last one of its kind takes the programs with it."""

@@ -31,6 +31,7 @@ _FIELDS = {
     "RQ_BIOTAIL": ("request", "biotail"),
     "BIO_NEXT": ("bio", "bi_next"),
     "BIO_OPF": ("bio", "bi_opf"),
+    "BIO_PRIVATE": ("bio", "bi_private"),
     "BIO_SECTOR": ("bio", "bi_iter.bi_sector"),
     "BIO_SIZE": ("bio", "bi_iter.bi_size"),
 }
@@ -87,7 +88,8 @@ def _disks(btf: Btf) -> dict[str, int | str]:
 
 def _operations(btf: Btf) -> dict[str, int | str]:
     values = btf.enum("req_op", "req_opf")  # renamed in 6.0 (ff07a02e9e8e)
-    bits = btf.enum("req_flag_bits")["__REQ_FAILFAST_DEV"]  # the first flag above the operation
+    flags = btf.enum("req_flag_bits")
+    bits = flags["__REQ_FAILFAST_DEV"]  # the first flag above the operation
 
     def mask(names: tuple[str, ...]) -> str:
         present = [values[f"REQ_OP_{name}"] for name in names if f"REQ_OP_{name}" in values]
@@ -95,6 +97,7 @@ def _operations(btf: Btf) -> dict[str, int | str]:
 
     return {
         "REQ_OP_MASK": (1 << bits) - 1,
+        "REQ_PREFLUSH": 1 << flags["__REQ_PREFLUSH"],
         "REQ_OP_DISCARD": values["REQ_OP_DISCARD"],
         "REQ_OP_DRV_IN": values["REQ_OP_DRV_IN"],
         "CHANGE_OPS": mask(_CHANGES),

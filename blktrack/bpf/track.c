@@ -166,6 +166,43 @@ int blk_bio_queue(u64 *ctx)
 	return 0;
 }
 
+/*
+ * A bio that ends and is not remembered. It may be a part of one that is: bio_split hands on to it
+ * that its end is to be traced (BIO_TRACE_COMPLETION), and bio_chain has it point to what it is a part
+ * of, which ends after it. A flush without data changes nothing; one with data has lost its flag by
+ * now (dm_io_complete, md_flush_request). What is left was queued before the programs were there.
+ */
+INLINE void ended_unbegun(struct windows *ws, void *bio)
+{
+	u32 flags = FIELD(u32, bio, BIO_OPF), number;
+	void *part = FIELD(void *, bio, BIO_PRIVATE);
+	bool tracked = false;
+
+	if (!CHANGES(OP(flags)) || flags & REQ_PREFLUSH)
+		return;
+	number = disk_number(BIO_DISK(bio));
+	FOR_EACH_SLOT(ws, KIND_BIO, number, slot)
+		tracked = true;
+	if (!tracked)
+		return;
+#pragma unroll
+	for (int i = 0; i < MAX_SPLITS; i++) {
+		u64 key = (u64)part;
+
+		if (bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key))
+			return;
+		/* It need not be a bio at all. */
+		if (bpf_probe_read_kernel(&part, sizeof(part), (char *)part + BIO_PRIVATE))
+			break;
+	}
+	FOR_EACH_SLOT(ws, KIND_BIO, number, slot) {
+		if (ws->window[slot].settled)
+			COUNT(slot, unbegun);
+		else
+			COUNT(slot, early);
+	}
+}
+
 int blk_bio_complete(u64 *ctx)
 {
 	struct windows *ws = VALUE(FD_WINDOWS);
@@ -173,8 +210,10 @@ int blk_bio_complete(u64 *ctx)
 	u64 key = (u64)bio;
 	volatile struct bio_range *found = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
 
-	if (!found)
+	if (!found) {
+		ended_unbegun(ws, bio);
 		return 0;
+	}
 	/* Another device or operation: the address was used again, the completion meant was missed. */
 	complete(ws, found, found->op != OP(FIELD(u32, bio, BIO_OPF)) ||
 				    found->dev != disk_number(BIO_DISK(bio)));

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 
 from blktrack import bitmap, crash, durable
 from blktrack.bitfile import BitFile
@@ -28,7 +30,7 @@ from blktrack.tracker import account
 from blktrack.units import GRANULARITY_MOST, KIB, MIB, format_size
 
 MAP_BUDGET = 32 * MIB  # kernel memory for the dirty maps of one device, by default
-_DRAIN_SECONDS = 30.0
+_DRAIN_SECONDS, _QUIET_SECONDS = 30.0, 0.2
 
 
 def window_of(device: BlockDevice, size: int, granularity: int) -> Window:
@@ -134,6 +136,10 @@ def occupy(
     if window.kind == abi.KIND_BIO:
         observer.phase(f"waiting for a moment without I/O on {device.path}", 0)
         wait_for_bios(device)
+        with Kernel(store.paths.pins) as kernel:
+            _wait_for_uncounted(device, partial(kernel.stats, state.slot))
+            active, _ = kernel.planes(state.slot, window.geometry)
+            kernel.settle(state.slot, active)
     state.programs = {name: list(program.links) for name, program in programs.items()}
     epoch.submit_skipped, epoch.complete_skipped = (
         list(programs[name].skipped) for name in BY_KIND[window.kind]
@@ -178,11 +184,42 @@ def _refuse_rw_page(device: BlockDevice) -> None:
 def wait_for_bios(device: BlockDevice) -> None:
     """Let bios end that were queued before the programs were there: no event tells their range."""
     deadline = time.monotonic() + _DRAIN_SECONDS
-    while device.in_flight:
-        if time.monotonic() > deadline:
+    while (suspended := device.suspended) or device.in_flight:
+        if time.monotonic() < deadline:
+            time.sleep(0.001)
+        elif suspended:
             raise BlktrackError(
-                f"{device.path} had I/O in flight for {_DRAIN_SECONDS:.0f} s without a pause, so "
-                "tracking cannot begin soundly",
-                hint="try again when the device is less busy",
+                f"{device.path} was suspended for {_DRAIN_SECONDS:.0f} s, so tracking cannot begin "
+                "soundly: writes may wait in it",
+                hint="resume it (dmsetup resume), then try again",
             )
-        time.sleep(0.001)
+        else:
+            raise _busy(device)
+
+
+def _wait_for_uncounted(device: BlockDevice, stats: Callable[[], dict[str, int]]) -> None:
+    """Let those end that the kernel does not count as in flight.
+
+    Device-mapper counts a bio when it goes on to the device below, so not while dm-crypt encrypts
+    it or dm-delay holds it (dm_target.accounts_remapped_io, 5.18), nor while it waits for the end
+    of a suspension (dm_submit_bio, queue_io). Nothing tells how many there are. They are seen to
+    end, though: wait until for a while none does. One that takes longer is a doubt once it ends
+    (STATS.unbegun).
+    """
+    begin = since = time.monotonic()
+    ended = stats()["early"]
+    while time.monotonic() < since + _QUIET_SECONDS:
+        time.sleep(0.005)
+        before, ended = ended, stats()["early"]
+        if ended != before:
+            since = time.monotonic()
+        if since > begin + _DRAIN_SECONDS:
+            raise _busy(device)
+
+
+def _busy(device: BlockDevice) -> BlktrackError:
+    return BlktrackError(
+        f"{device.path} had I/O in flight for {_DRAIN_SECONDS:.0f} s without a pause, so "
+        "tracking cannot begin soundly",
+        hint="try again when the device is less busy",
+    )

@@ -30,7 +30,7 @@ def grow(tracking: Tracking) -> None:
         for other in kernel.slots(window.disk, window.start):
             if other != state.slot:  # left by a death in here
                 kernel.remove(other)
-        slot = kernel.add(window)
+        slot = kernel.add(window, settled=True)  # the old slot has what is in flight remembered
         maps = [planes.id for planes in kernel.planes(slot, window.geometry)]
         counts = None
         if account.known(tracking.epoch, state.slot) and account.available(tracking.device):
