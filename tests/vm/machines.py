@@ -61,3 +61,5 @@ MACHINES["stacks"] = Layout(
     limit=2400.0,
     arguments="memmap=64M!1024M",
 )
+# Of its own, as a device that stays suspended takes its machine with it.
+MACHINES["inflight"] = Layout()
