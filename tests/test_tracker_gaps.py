@@ -211,7 +211,7 @@ def test_an_absent_device(shared: Lab) -> None:
         ("beyond", "beyond the end"),
         ("full", "could not be remembered"),
         ("overflow", "more ranges than can be followed"),
-        ("unbegun", "had begun before tracking did"),
+        ("unbegun", "ended that were not seen to begin"),
     ],
 )
 def test_a_counted_loss_ends_the_generation(shared: Lab, counter: str, reason: str) -> None:

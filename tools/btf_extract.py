@@ -26,6 +26,7 @@ STRUCTS = (
     "gendisk",
     "block_device",
     "block_device_operations",
+    "tp_transition_snapshot",
 )
 ENUMS = ("req_op", "req_opf", "req_flag_bits")
 TRACEPOINTS = "btf_trace_block_"

@@ -55,15 +55,17 @@ def drop_unused(root: Path) -> None:
 def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None:
     """Load all, then attach completions first: what is seen to begin is then seen to end.
 
-    Copies are pinned before what they are copies of, so that with this they are all there.
+    Programs run in the order in which they are attached, so that copies come last
+    (kernel/tracepoint.c, func_add). They are pinned first: with what they are copies of, all are
+    there.
     """
     links: dict[str, int] = {}
     programs: dict[str, int] = {}
     try:
-        programs = load(names, maps)
-        for name in reversed(programs):
-            links[name] = libbpf.attach(programs[name])
-        for name, link in links.items():
+        programs = load(names[::-1], maps)
+        for name, program in programs.items():
+            links[name] = libbpf.attach(program)
+        for name, link in reversed(links.items()):
             path = pins / f"link_{name}"
             path.unlink(missing_ok=True)
             libbpf.pin(link, path)
@@ -86,8 +88,11 @@ def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
         for name in names:
             target = btf.tracepoint(layout.PROGRAMS[name])
             count = layout.copies(btf) if name in BY_KIND[abi.KIND_BIO] else 1
-            for copy in itertools.islice(copies_of(name), count):
-                loaded[copy] = libbpf.load_program(name, code[name], target)
+            first, *others = itertools.islice(copies_of(name), count)
+            loaded[first] = libbpf.load_program(name, code[name], target)
+            again = code[layout.AGAIN.get(name, name)]
+            for copy in others:
+                loaded[copy] = libbpf.load_program(name, again, target)
     except (OSError, ValueError) as error:
         for fd in loaded.values():
             os.close(fd)

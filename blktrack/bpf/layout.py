@@ -19,7 +19,10 @@ PROGRAMS = {
     "blk_rq_complete": "block_rq_complete",
     "blk_bio_queue": "block_bio_queue",
     "blk_bio_complete": "block_bio_complete",
+    "blk_bio_complete_again": "block_bio_complete",
 }
+# What copies of a program do, if not the same.
+AGAIN = {"blk_bio_complete": "blk_bio_complete_again"}
 
 _FIELDS = {
     "GENDISK_MAJOR": ("gendisk", "major"),

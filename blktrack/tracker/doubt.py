@@ -15,7 +15,7 @@ LOSSES = {
     "opaque": "{n} pass-through or unknown commands may have changed any part of it",
     "beyond": "{n} writes lay beyond the end it had when tracking began",
     "full": "{n} writes could not be remembered until their completion",
-    "unbegun": "{n} writes had begun before tracking did and ended unseen",
+    "unbegun": "{n} writes ended that were not seen to begin",
     "overflow": "{n} discards had more ranges than can be followed",
 }
 
