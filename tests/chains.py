@@ -65,23 +65,27 @@ class Log:
         return int(np.searchsorted(known, instant, side="right"))
 
 
+def stamp(memory: mmap.mmap, chain: int, number: int) -> int:
+    """Make the block of a write; the byte of the disk that it goes to."""
+    block = np.frombuffer(memory, dtype=_SECTOR)
+    block["magic"], block["chain"], block["number"] = _MAGIC, chain, number
+    return chain * CHAIN + int(places(np.array([number]))[0]) * BLOCK
+
+
 def write(path: str, log_path: str, chains: list[int], count: int, pace: float) -> None:
     """Write these chains in turn, at most `pace` writes a second in all, until killed."""
     log = Log(Path(log_path), count)
     fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
     memory = mmap.mmap(-1, BLOCK)
-    block = np.frombuffer(memory, dtype=_SECTOR)
-    block["magic"] = _MAGIC
     due = time.monotonic()
     order = random.Random(chains[0])
     while True:
         chain = order.choice(chains)
         number = int(log.done[chain]) + 1
-        block["chain"], block["number"] = chain, number
-        place = int(places(np.array([number]))[0])
+        offset = stamp(memory, chain, number)
         log.begins[chain, number] = time.time()
         log.begun[chain] = number
-        os.pwrite(fd, memory, chain * CHAIN + place * BLOCK)
+        os.pwrite(fd, memory, offset)
         log.ends[chain, number] = time.time()
         log.done[chain] = number
         if pace:

@@ -50,6 +50,11 @@ mkdir -p /run/lock /run/lvm /run/cryptsetup /etc/lvm
 hostname guest
 busybox ip link set lo up
 modprobe -a $(cat {SHARE}/modules)
+if [ -e /sys/class/net/eth0 ]; then # as qemu's user network has it
+    busybox ip addr add 10.0.2.15/24 dev eth0
+    busybox ip link set eth0 up
+    busybox ip route add default via 10.0.2.2
+fi
 cat >/etc/lvm/lvmlocal.conf <<'END'
 activation {{ udev_sync=0 udev_rules=0 monitoring=0 }}
 devices {{ obtain_device_list_from_udev=0 external_device_info_source="none" use_devicesfile=0 }}
@@ -138,14 +143,20 @@ class Machine:
         *,
         memory: int = 1024,
         arguments: str = "",
+        network: Sequence[str] | None = None,
     ) -> None:
-        """`layer` is packages.guest_layer(), `memory` in MiB, `arguments` more for the kernel."""
+        """`layer` is packages.guest_layer(), `memory` in MiB, `arguments` more for the kernel.
+
+        network -- words before qemu's, by which it runs where the machine is to connect from
+        (`nsenter --net=…`, or none for this host's own network). None: the machine has no network.
+        """
         self.kernel = kernel
         self.layer = layer
         self.folder = folder
         self.disks = tuple(disks)
         self.memory = memory
         self.arguments = arguments
+        self.network = network
         self.share = folder / "share"
         self.console = folder / "console.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -174,6 +185,8 @@ class Machine:
         (self.share / "init").write_text(_INSIDE, encoding="utf-8")
         # With no udevd nobody loads them by themselves. What is in the kernel is no error.
         drivers = {name for disk in self.disks for name in _DRIVERS[disk.kind]}
+        if self.network is not None:
+            drivers.add("virtio_net")
         (self.share / "modules").write_text(" ".join(["loop", *sorted(drivers)]), encoding="utf-8")
         busybox = self.layer / "usr/bin/busybox"
         archive = initramfs.build(self.kernel, busybox, [TOP, Path(sys.prefix)])
@@ -182,7 +195,7 @@ class Machine:
     def command(self, serial: str = "") -> list[str]:
         """Of qemu. `serial` says where the console goes, if it is not into its file."""
         accelerator = os.environ.get("BLKTRACK_VM_ACCEL", "tcg,thread=multi")
-        words = ["setpriv", "--pdeathsig", "KILL", "--", QEMU]
+        words = [*(self.network or ()), "setpriv", "--pdeathsig", "KILL", "--", QEMU]
         words += ["-accel", accelerator, "-cpu", "max", "-smp", "1", "-m", str(self.memory)]
         words += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         words += ["-serial", serial or f"file:{self.console}"]
@@ -194,6 +207,9 @@ class Machine:
         words += _share("share", self.share, "readonly=off")
         for number, disk in enumerate(self.disks):
             words += disk.words(number)
+        if self.network is not None:
+            words += ["-netdev", "user,id=network"]
+            words += ["-device", "virtio-net-pci,netdev=network,romfile="]  # nothing boots from it
         return words
 
     def wait(self, limit: float) -> int:

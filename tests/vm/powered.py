@@ -1,0 +1,324 @@
+"""Run inside a machine whose power will be cut: python -m tests.vm.powered
+
+After the boot the replicas are judged as the cut before left them, tracking is started as the
+service does, and the first sync of each must be a resync, or an incremental one after a clean stop.
+Then syncs go on under writes until the file `cut` says that it is time, by Job.when:
+
+    first     in the first sync of a source
+    later     in an increment of it
+    idle      between two of them
+    stop      while it is put to rest, or after that
+    foreign   after others wrote to it, to whom blktrack is nothing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from blktrack import crash, sync
+from blktrack.config import Paths
+from blktrack.errors import Busy, NoPoint
+from blktrack.linux import Buffer
+from blktrack.options import Options
+from blktrack.ship.aio import RequestQueue
+from blktrack.ship.endpoint import Endpoint
+from blktrack.ship.plan import Piece
+from blktrack.state import Store
+from blktrack.tracker import service, tracker
+from tests import chains, sectors
+from tests.blockdev import Silent, read_image, run, wait_until
+from tests.vm import disks
+from tests.vm.power import CHAINS, CUT, FAR, SIZE, SOURCES, Events, Job, Writes, look
+from tools.vm.initramfs import SHARE
+
+PACE = 0.05  # seconds between two writes to a source
+HOME, XFS = Path("/srv/home"), Path("/srv/xfs")  # HOME has what blktrack keeps over a boot, too
+
+
+def mount() -> None:
+    """What the machine has beside its sources."""
+    kept = Path("/var/lib/blktrack")
+    for serial, point in (("home", HOME), ("xfs", XFS)):
+        point.mkdir(parents=True, exist_ok=True)
+        run("mount", disks.find(serial), point)
+    (HOME / "lib").mkdir(exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    run("mount", "--bind", HOME / "lib", kept)
+
+
+def assemble(first: bool) -> dict[str, str]:
+    """The devices of the sources, made in the first boot and found again in others."""
+    volumes = [disks.find(f"pv{number}") for number in (1, 2)]
+    members = [disks.find(f"md{number}") for number in (1, 2)]
+    run("modprobe", "-a", "dm-mod", "raid1")
+    node = "/dev/md100"
+    if first:
+        run("vgcreate", "-q", "vg", *volumes)
+        run("lvcreate", "-q", "-y", "-W", "n", "-n", "lv", "-L", f"{SIZE}b", "vg")
+        run(
+            "mdadm", "--create", node, "--run", "--quiet", "--metadata=1.2", "--level=1",
+            f"--size={SIZE >> 10}", "--raid-devices=2", "--bitmap=none", "--assume-clean", *members,
+        )  # fmt: skip
+    else:
+        run("vgchange", "-q", "-ay", "vg")
+        run("mdadm", "--assemble", "--run", "--quiet", node, *members)
+    found = ["/dev/mapper/vg-lv", node]
+    for path in found:
+        wait_until(Path(path).exists, path)
+    return dict(zip(SOURCES, [disks.find("blk"), disks.find("nvme4k"), *found], strict=True))
+
+
+class Writer:
+    """Writes its chains in turn, each write begun when the one before it has ended."""
+
+    def __init__(self, path: str, log: Writes) -> None:
+        self._path, self._log = path, log
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self.count = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        numbers = [self._log.last(chain) for chain in range(CHAINS)]
+        fd = os.open(self._path, os.O_WRONLY | os.O_DIRECT)
+        memory = mmap.mmap(-1, chains.BLOCK)
+        try:
+            while not self._stop.wait(PACE):
+                chain = self.count % CHAINS
+                place = chains.stamp(memory, chain, numbers[chain])
+                self._log.begins(chain, numbers[chain])
+                os.pwrite(fd, memory, place)
+                numbers[chain] += 1
+                self.count += 1
+        finally:
+            os.close(fd)
+
+
+class Cut:
+    """Says when the power is to be cut, and holds what is to be cut if that is asked for."""
+
+    def __init__(self, share: Path, job: Job) -> None:
+        self._share, self._job = share, job
+        self._armed = False
+        self._applying = False
+        crash.point = self._point
+        self._write_many = Endpoint.write_many
+        cut = self
+
+        def write_many(
+            self: Endpoint, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+        ) -> None:
+            cut._written(self, pieces, buffer, requests)
+
+        Endpoint.write_many = write_many  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def armed(self) -> Iterator[None]:
+        self._armed = True
+        try:
+            yield
+        finally:
+            self._armed = self._applying = False
+
+    def _point(self, name: str) -> None:
+        if not self._armed:
+            return
+        self._applying = name == "apply-recorded" or (self._applying and name == "apply-resized")
+        if name == self._job.at:
+            self.now()
+
+    def _written(
+        self, end: Endpoint, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
+    ) -> None:
+        """At "apply-half" the cut is in the middle of a piece of what is applied."""
+        if self._applying and self._job.at == "apply-half":
+            self._write_many(end, pieces[: len(pieces) // 2], buffer, requests)
+            self.now()
+            self._write_many(end, pieces[len(pieces) // 2 :], buffer, requests)
+        else:
+            self._write_many(end, pieces, buffer, requests)
+
+    def now(self) -> None:
+        (self._share / CUT).touch()
+        if self._job.hold:
+            self.await_it()
+
+    def await_it(self) -> NoReturn:
+        while True:
+            time.sleep(60)
+
+
+class Guest:
+    def __init__(self, share: Path) -> None:
+        self.share, self.job = share, Job.read(share)
+        self.events = Events(share)
+        self.cut = Cut(share, self.job)
+        self.first = self.job.boot == 1
+        self.store = Store(Paths.of_host())
+        mount()
+        self.devices = assemble(self.first)
+        self.writers = {
+            source: Writer(path, Writes(share, source)) for source, path in self.devices.items()
+        }
+
+    def note(self, kind: str, source: str, **more: object) -> None:
+        self.events.add(self.job.boot, kind, source, **more)
+
+    def replica(self, source: str) -> str:
+        """Where it can be read. That of the other host lies in the share."""
+        match self.job.replicas[source]:
+            case "ext4":
+                return str(HOME / f"{source}.img")
+            case "xfs":
+                return str(XFS / f"{source}.img")
+            case "device":
+                return disks.find("target")
+        return str(self.share / FAR / f"{source}.img")
+
+    def target(self, source: str) -> str:
+        """As blktrack calls it."""
+        if self.job.replicas[source] == "ssh":
+            return f"{self.job.far}/{source}.img"
+        return self.replica(source)
+
+    def look(self) -> None:
+        """At the replicas in here, as the cut left them. The host looks at that of the other."""
+        for source in SOURCES:
+            if self.job.replicas[source] != "ssh":
+                target, boot = self.replica(source), self.job.boot - 1
+                found = look(target, self.store.paths, source, self.share, boot)
+                self.note("found", source, state=found.state, fault=found.fault)
+                assert not found.fault, f"{source} at {target}: {found}"
+
+    def track(self) -> None:
+        """Start, as at boot, and see that what was stopped is believed, and nothing else."""
+        if self.first:
+            for path in self.devices.values():
+                tracker.track(self.store, path, None)
+            return
+        for source, path in self.devices.items():
+            (done,) = service.start(self.store, path)
+            self.note("start", source, action=done.action, reason=done.reason)
+            wanted, why = self._wanted(source)
+            assert done.action == wanted, f"{source}: {done} after {why}"
+            if why == "foreign":
+                assert "its content was another" in done.reason, done
+
+    def _wanted(self, source: str) -> tuple[str, str]:
+        """What the start of a source must do, and for which event before."""
+        last = self.events.of(source, "begin", "stopped", "foreign", "writes")[-1]
+        return "resumed" if last["kind"] == "stopped" else "began", last["kind"]
+
+    def sync(self, source: str) -> str:
+        """One sync, however often the keeper of one that was cut off is still there; its mode."""
+        path, target = self.devices[source], self.target(source)
+        while True:
+            self.note("begin", source)
+            try:
+                report = sync.sync(self.store, path, target, Options(), Silent())[0]
+            except Busy:
+                time.sleep(1)
+                continue
+            except NoPoint as error:
+                self.note("no point", source, why=str(error))
+                return ""
+            more = {"mode": report.mode, "point": report.point, "reason": report.reason}
+            self.note("end", source, **more)
+            return report.mode
+
+    def first_sync(self, source: str) -> None:
+        """The one that tells what blktrack makes of the cut."""
+        started = self.events.of(source, "start")
+        resumed = bool(started) and started[-1]["action"] == "resumed"
+        had = bool(self.events.of(source, "end"))
+        armed = self.job.when == "first" and source == self.job.source
+        with self.cut.armed() if armed else contextlib.nullcontext():
+            while not (mode := self.sync(source)):
+                pass
+        if resumed:
+            assert mode in ("incremental", "nothing"), f"{mode} of {source} after a clean stop"
+        else:
+            assert mode in ("resync",) if had else ("initial", "resync"), f"{mode} of {source}"
+        if not self.job.busy:
+            self._compare(source)
+
+    def _compare(self, source: str) -> None:
+        image = read_image(self.devices[source])
+        found = sectors.differing(image, read_image(self.replica(source))[: len(image)])
+        assert not len(found), f"{source}: {len(found)} sectors differ after its first sync"
+
+    def write(self) -> None:
+        for source, writer in self.writers.items():
+            self.note("writes", source)
+            writer.start()
+
+    def work(self) -> None:
+        job = self.job
+        if job.when == "foreign":
+            self.foreign()
+        if not self.first:
+            self.look()
+        self.track()
+        if job.busy:
+            self.write()
+        for source in (*(each for each in SOURCES if each != job.source), job.source):
+            self.first_sync(source)
+        if not job.busy:
+            self.write()
+        for source in SOURCES:
+            if source != job.source:
+                self.sync(source)
+        match job.when:
+            case "idle":
+                self.sync(job.source)
+                count = self.writers[job.source].count
+                wait_until(lambda: self.writers[job.source].count > count + 4, "some writes")
+                self.cut.now()
+            case "stop":
+                self.stop()
+            case "later":
+                with self.cut.armed():
+                    while True:
+                        assert self.sync(job.source) in ("", "incremental", "nothing")
+        self.cut.await_it()
+
+    def stop(self) -> None:
+        """The clean stop of all, that of job.source last."""
+        for writer in self.writers.values():
+            writer.stop()
+        for source in (*(each for each in SOURCES if each != self.job.source), self.job.source):
+            armed = source == self.job.source
+            if armed and self.job.at == "stop-recorded":  # what is recorded counts
+                self.note("stopped", source)
+            with self.cut.armed() if armed else contextlib.nullcontext():
+                (done,) = service.stop(self.store, self.devices[source])
+            assert done.action == "stopped", done
+            self.note("stopped", source)
+        self.cut.now()
+
+    def foreign(self) -> None:
+        """Somebody writes to one source, and blktrack does not run."""
+        source = self.job.source
+        self.note("foreign", source)
+        writer = self.writers[source]
+        writer.start()
+        wait_until(lambda: writer.count > 8, "some writes")
+        self.cut.now()
+        self.cut.await_it()
+
+
+if __name__ == "__main__":
+    Guest(Path(SHARE)).work()
