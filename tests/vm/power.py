@@ -30,7 +30,8 @@ from blktrack.ship.record import State
 from tests import chains
 from tests.blockdev import read_image
 
-SOURCES = ("virtio-blk", "nvme-4096", "lvm-linear", "md-raid1")
+# The sources of a machine: those of one driver's events, as each costs a compilation in a boot.
+SOURCES = {"disks": ("virtio-blk", "nvme-4096"), "volumes": ("lvm-linear", "md-raid1")}
 REPLICAS = ("ext4", "device", "ssh", "xfs")
 CHAINS = 2  # of a source
 SIZE = CHAINS * chains.CHAIN
@@ -48,7 +49,7 @@ class Job:
     replicas: dict[str, str]  # of each source: one of REPLICAS
     far: str  # "ssh://…": the folder of the other host
     source: str  # whose sync is cut
-    when: str  # first, later, idle, stop, foreign: see tests/vm/powered.py
+    when: str  # first, later, idle, stop, foreign, last: see tests/vm/powered.py
     at: str = ""  # the crash point; "": as soon as it is time
     hold: bool = False  # stay there
     busy: bool = False  # write from the beginning on

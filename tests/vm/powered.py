@@ -9,20 +9,24 @@ Then syncs go on under writes until the file `cut` says that it is time, by Job.
     idle      between two of them
     stop      while it is put to rest, or after that
     foreign   after others wrote to it, to whom blktrack is nothing
+    last      after the first syncs: it is enough
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from blktrack import crash, sync
+from blktrack.bpf import install
 from blktrack.config import Paths
 from blktrack.errors import Busy, NoPoint
 from blktrack.linux import Buffer
@@ -35,17 +39,17 @@ from blktrack.tracker import service, tracker
 from tests import chains, sectors
 from tests.blockdev import Silent, read_image, run, wait_until
 from tests.vm import disks
-from tests.vm.power import CHAINS, CUT, FAR, SIZE, SOURCES, Events, Job, Writes, look
+from tests.vm.power import CHAINS, CUT, FAR, SIZE, Events, Job, Writes, look
 from tools.vm.initramfs import SHARE
 
 PACE = 0.05  # seconds between two writes to a source
 HOME, XFS = Path("/srv/home"), Path("/srv/xfs")  # HOME has what blktrack keeps over a boot, too
 
 
-def mount() -> None:
+def mount(replicas: Collection[str]) -> None:
     """What the machine has beside its sources."""
     kept = Path("/var/lib/blktrack")
-    for serial, point in (("home", HOME), ("xfs", XFS)):
+    for serial, point in (("home", HOME), *([("xfs", XFS)] if "xfs" in replicas else [])):
         point.mkdir(parents=True, exist_ok=True)
         run("mount", disks.find(serial), point)
     (HOME / "lib").mkdir(exist_ok=True)
@@ -53,26 +57,45 @@ def mount() -> None:
     run("mount", "--bind", HOME / "lib", kept)
 
 
-def assemble(first: bool) -> dict[str, str]:
+def assemble(sources: Collection[str], *, first: bool) -> dict[str, str]:
     """The devices of the sources, made in the first boot and found again in others."""
-    volumes = [disks.find(f"pv{number}") for number in (1, 2)]
-    members = [disks.find(f"md{number}") for number in (1, 2)]
-    run("modprobe", "-a", "dm-mod", "raid1")
-    node = "/dev/md100"
+    makers = {
+        "virtio-blk": lambda _: disks.find("blk"),
+        "nvme-4096": lambda _: disks.find("nvme4k"),
+        "lvm-linear": volume,
+        "md-raid1": mirror,
+    }
+    return {source: makers[source](first) for source in sources}
+
+
+def volume(first: bool) -> str:
+    run("modprobe", "dm-mod")
+    parts = [disks.find(f"pv{number}") for number in (1, 2)]
     if first:
-        run("vgcreate", "-q", "vg", *volumes)
+        run("vgcreate", "-q", "vg", *parts)
         run("lvcreate", "-q", "-y", "-W", "n", "-n", "lv", "-L", f"{SIZE}b", "vg")
+    else:
+        run("vgchange", "-q", "-ay", "vg")
+    return there("/dev/mapper/vg-lv")
+
+
+def mirror(first: bool) -> str:
+    """Whether its halves are the same after a cut nothing says, so md compares them."""
+    run("modprobe", "raid1")
+    node, members = "/dev/md100", [disks.find(f"md{number}") for number in (1, 2)]
+    if first:
         run(
             "mdadm", "--create", node, "--run", "--quiet", "--metadata=1.2", "--level=1",
             f"--size={SIZE >> 10}", "--raid-devices=2", "--bitmap=none", "--assume-clean", *members,
         )  # fmt: skip
     else:
-        run("vgchange", "-q", "-ay", "vg")
         run("mdadm", "--assemble", "--run", "--quiet", node, *members)
-    found = ["/dev/mapper/vg-lv", node]
-    for path in found:
-        wait_until(Path(path).exists, path)
-    return dict(zip(SOURCES, [disks.find("blk"), disks.find("nvme4k"), *found], strict=True))
+    return there(node)
+
+
+def there(node: str) -> str:
+    wait_until(Path(node).exists, node)
+    return node
 
 
 class Writer:
@@ -168,8 +191,9 @@ class Guest:
         self.cut = Cut(share, self.job)
         self.first = self.job.boot == 1
         self.store = Store(Paths.of_host())
-        mount()
-        self.devices = assemble(self.first)
+        mount(self.job.replicas.values())
+        self.sources = tuple(self.job.replicas)
+        self.devices = assemble(self.sources, first=self.first)
         self.writers = {
             source: Writer(path, Writes(share, source)) for source, path in self.devices.items()
         }
@@ -196,7 +220,7 @@ class Guest:
 
     def look(self) -> None:
         """At the replicas in here, as the cut left them. The host looks at that of the other."""
-        for source in SOURCES:
+        for source in self.sources:
             if self.job.replicas[source] != "ssh":
                 target, boot = self.replica(source), self.job.boot - 1
                 found = look(target, self.store.paths, source, self.share, boot)
@@ -274,16 +298,14 @@ class Guest:
         self.track()
         if job.busy:
             self.write()
-        for source in (*(each for each in SOURCES if each != job.source), job.source):
+        for source in (*(each for each in self.sources if each != job.source), job.source):
             self.first_sync(source)
-        if not job.busy:
+        if job.when == "last":
+            self.cut.now()
+        elif not job.busy:
             self.write()
-        for source in SOURCES:
-            if source != job.source:
-                self.sync(source)
         match job.when:
             case "idle":
-                self.sync(job.source)
                 count = self.writers[job.source].count
                 wait_until(lambda: self.writers[job.source].count > count + 4, "some writes")
                 self.cut.now()
@@ -299,7 +321,10 @@ class Guest:
         """The clean stop of all, that of job.source last."""
         for writer in self.writers.values():
             writer.stop()
-        for source in (*(each for each in SOURCES if each != self.job.source), self.job.source):
+        for source in (
+            *(each for each in self.sources if each != self.job.source),
+            self.job.source,
+        ):
             armed = source == self.job.source
             if armed and self.job.at == "stop-recorded":  # what is recorded counts
                 self.note("stopped", source)
@@ -320,5 +345,22 @@ class Guest:
         self.cut.await_it()
 
 
+def compile_once(share: Path) -> None:
+    """The programs are compiled in the first boot and kept: LLVM is what takes longest in here."""
+    compiling = install.compile_programs
+
+    def kept(text: str) -> dict[str, bytes]:
+        path = share / f"compiled-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        if not path.exists():
+            found = {name: code.hex() for name, code in compiling(text).items()}
+            path.with_suffix(".new").write_text(json.dumps(found), encoding="ascii")
+            path.with_suffix(".new").rename(path)
+        read = json.loads(path.read_text(encoding="ascii"))
+        return {name: bytes.fromhex(code) for name, code in read.items()}
+
+    install.compile_programs = kept
+
+
 if __name__ == "__main__":
+    compile_once(Path(SHARE))
     Guest(Path(SHARE)).work()
