@@ -27,6 +27,7 @@ from typing import NoReturn
 
 from blktrack import crash, sync
 from blktrack.bpf import install
+from blktrack.bpf.compile import compile_programs
 from blktrack.config import Paths
 from blktrack.errors import Busy, NoPoint
 from blktrack.linux import Buffer
@@ -347,18 +348,17 @@ class Guest:
 
 def compile_once(share: Path) -> None:
     """The programs are compiled in the first boot and kept: LLVM is what takes longest in here."""
-    compiling = install.compile_programs
 
     def kept(text: str) -> dict[str, bytes]:
         path = share / f"compiled-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if not path.exists():
-            found = {name: code.hex() for name, code in compiling(text).items()}
+            found = {name: code.hex() for name, code in compile_programs(text).items()}
             path.with_suffix(".new").write_text(json.dumps(found), encoding="ascii")
             path.with_suffix(".new").rename(path)
         read = json.loads(path.read_text(encoding="ascii"))
         return {name: bytes.fromhex(code) for name, code in read.items()}
 
-    install.compile_programs = kept
+    vars(install)["compile_programs"] = kept
 
 
 if __name__ == "__main__":
