@@ -47,6 +47,15 @@ PACE = 0.05  # seconds between two writes to a source
 HOME, XFS = Path("/srv/home"), Path("/srv/xfs")  # HOME has what blktrack keeps over a boot, too
 
 
+def named(serial: str) -> str:
+    """A name of a disk that stays, as udev would make it: that of NVMe disks changes by boots."""
+    link = Path("/dev/disk/by-id") / serial
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(disks.find(serial))
+    return str(link)
+
+
 def mount(replicas: Collection[str]) -> None:
     """What the machine has beside its sources."""
     kept = Path("/var/lib/blktrack")
@@ -61,8 +70,8 @@ def mount(replicas: Collection[str]) -> None:
 def assemble(sources: Collection[str], *, first: bool) -> dict[str, str]:
     """The devices of the sources, made in the first boot and found again in others."""
     makers = {
-        "virtio-blk": lambda _: disks.find("blk"),
-        "nvme-4096": lambda _: disks.find("nvme4k"),
+        "virtio-blk": lambda _: named("blk"),
+        "nvme-4096": lambda _: named("nvme4k"),
         "lvm-linear": volume,
         "md-raid1": mirror,
     }
@@ -210,7 +219,7 @@ class Guest:
             case "xfs":
                 return str(XFS / f"{source}.img")
             case "device":
-                return disks.find("target")
+                return named("target")
         return str(self.share / FAR / f"{source}.img")
 
     def target(self, source: str) -> str:
