@@ -79,6 +79,11 @@ class Host:
         return not sectors.faults(read_image(self.device), read_image(self.replica))
 
 
+def _backing(device: str) -> Path:
+    name = Path(device).name
+    return Path(Path(f"/sys/block/{name}/loop/backing_file").read_text(encoding="utf-8").strip())
+
+
 def _tried(control: int, request: int, number: int) -> bool:
     with contextlib.suppress(OSError):
         fcntl.ioctl(control, request, number)
@@ -175,8 +180,7 @@ def test_letting_go_leaves_nothing_in_the_kernel(host: Host) -> None:
     host.lab.sync(quiet, kept)
     away = host.lab.loop(MIB)
     host.lab.track(away)
-    backing = Path(f"/sys/block/{Path(away).name}/loop/backing_file").read_text(encoding="utf-8")
-    detach(away, Path(backing.strip()))
+    detach(away, _backing(away))
     run("mkfs.ext4", "-q", "-F", host.device)
     with host.lab.mounted(host.device) as point:
         out = host.blktrack("stop", "--detach").splitlines()
@@ -190,6 +194,30 @@ def test_letting_go_leaves_nothing_in_the_kernel(host: Host) -> None:
         assert f"{quiet}: resumed" in out
     assert host.lab.sync(quiet, kept).mode == "nothing"
     assert host.lab.sync(host.device, host.replica).mode == "resync"
+    assert host.is_identical()
+
+
+def test_a_device_whose_name_is_anothers_after_a_boot(host: Host) -> None:
+    """As those of NVMe disks: it is known by its permanent name, here its backing file."""
+    host.write(MIB)
+    host.blktrack("stop", host.device)
+    before, elsewhere = host.device, host.lab.own_loop(MIB, host.lab.name("other"))
+
+    def change() -> None:
+        detach(elsewhere, _backing(elsewhere))
+        run("losetup", elsewhere, host.file)
+        host.lab.stack.callback(detach, elsewhere, host.file)
+
+    host.reboot(change)
+    detach(before, host.file)
+    host.device = elsewhere
+    assert host.blktrack("start", elsewhere) == f"{elsewhere}: resumed\n"
+    assert host.lab.status(elsewhere)["state"] == "tracking"
+    assert [
+        status["device"] for status in host.lab.blktrack("status", "--json").json["devices"]
+    ] == [elsewhere]
+    done = host.lab.sync(elsewhere, host.replica)
+    assert (done.mode, done.bytes_shipped) == ("incremental", 4 * KIB)
     assert host.is_identical()
 
 

@@ -82,6 +82,8 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
             if reason := _changed(device, rest, fd):
                 raise Gap(reason)
             state.resting, state.diskseq = False, device.diskseq
+            if not _is_at(state.path, device):  # it may be another disk's by now
+                state.path = device.path
             state.boot_id, state.release = boot_id(), os.uname().release
             store.save_device(state)
             crash.point("start-recorded")
@@ -122,6 +124,13 @@ def _changed(device: BlockDevice, rest: Rest, fd: int) -> str:
     except OSError as error:
         return f"it could not be read ({error.strerror or error})"
     return ""
+
+
+def _is_at(path: str, device: BlockDevice) -> bool:
+    try:
+        return os.stat(path).st_rdev == os.makedev(*device.number)
+    except OSError:
+        return False
 
 
 def _uncounted(device: BlockDevice) -> str:

@@ -37,16 +37,17 @@ def _each(
     store: Store, path: str | None, work: Work, observer: Observer, *, let_go: bool = False
 ) -> list[DeviceAction]:
     """That one fails is told, and does not keep the others from their turn."""
+    wanted: list[tuple[DeviceState, BlockDevice | None]]
     if path is None:
-        wanted = [state for state in store.devices() if state.wanted]
+        wanted = [(state, None) for state in store.devices() if state.wanted]
     else:
-        wanted = [find_any(store, path)[0]]
+        wanted = [find_any(store, path)]
     found = []
-    for state in wanted:
+    for state, named in wanted:
         try:
             with hold(store, state.id, state.path, observer):
                 state = store.device(state.id) or state
-                done = _one(store, state, work, observer)
+                done = _one(store, state, named, work, observer)
                 found.append(_let_go(store, state, done) if let_go else done)
         except Busy as error:
             found.append(DeviceAction(state.path, "busy", str(error), error.hint))
@@ -55,10 +56,16 @@ def _each(
     return found
 
 
-def _one(store: Store, state: DeviceState, work: Work, observer: Observer) -> DeviceAction:
-    """What was done with a device that is held, or why it could not be."""
+def _one(
+    store: Store, state: DeviceState, named: BlockDevice | None, work: Work, observer: Observer
+) -> DeviceAction:
+    """What was done with a device that is held, or why it could not be.
+
+    named -- by the user, who may know it by another name than the one it was tracked by: those of
+    NVMe and SCSI disks change from boot to boot.
+    """
     try:
-        if device := present(state):
+        if device := (named if named and named.size else None) or present(state):
             return work(store, state, device, observer)
     except BlktrackError as error:
         return DeviceAction(state.path, "failed", str(error), error.hint)
