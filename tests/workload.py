@@ -56,13 +56,14 @@ class RawMix:
             "zero": self.zero,
         }
 
-    def run(self, count: int) -> None:
+    def run(self, turns: int | Iterable[object]) -> None:
+        """So many changes, or one for each of `turns`."""
         self._buffered = os.open(self.path, os.O_RDWR)
         self._direct = os.open(self.path, os.O_RDWR | os.O_DIRECT)
         self._memory = linux.Buffer(2 * MIB)
         self._queue = aio.RequestQueue(_DEPTH)
         try:
-            for _ in range(count):
+            for _ in range(turns) if isinstance(turns, int) else turns:
                 self.operations[self.random.choice(list(self.operations))]()
             despite_collisions(lambda: os.fsync(self._buffered))
         finally:

@@ -117,6 +117,10 @@ class Disk:
             common += f",{self.options}"
         match self.kind:
             case "virtio-blk":
+                if self.log:
+                    # qemu makes one request of what is adjacent, of up to IOV_MAX pieces. The log
+                    # adds two to them, and such a request fails.
+                    common += ",request-merging=off"
                 return [*words, "-device", f"virtio-blk-pci,{common}"]
             case "virtio-scsi":
                 bus = f"scsi{number}"

@@ -1,0 +1,104 @@
+"""Points equal the write log of their source up to an instant, give or take what was in flight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blktrack.units import MIB
+from tests.blockdev import told
+from tests.vm.instants import History, Segment, Trace
+from tests.vm.sources import FILES, RAW, STACKS
+from tests.vm.writelog import WriteLog, digests
+from tools.vm import kernels, packages
+from tools.vm.machine import Disk, Machine
+
+pytestmark = [
+    pytest.mark.needs("root", "qemu-system-x86_64", "depmod"),
+    pytest.mark.timeout(900),
+]
+
+KINDS = {  # serial number: kind, sector, MiB
+    "blk": ("virtio-blk", 512, 8),
+    "nvme4k": ("nvme", 4096, 8),
+    "scsi": ("virtio-scsi", 512, 8),
+    "lv1": ("virtio-blk", 512, 6),
+    "lv2": ("nvme", 512, 5),
+    "md1": ("virtio-blk", 512, 9),
+    "md2": ("virtio-scsi", 512, 9),
+}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory: each entry of a log is made durable, which takes a disk its time."""
+    made = Path(tempfile.mkdtemp(prefix="blktrack-points-", dir="/dev/shm"))
+    yield made
+    shutil.rmtree(made)
+
+
+def test_points_are_of_one_instant_of_the_write_log(kernel: str, seed: int, folder: Path) -> None:
+    made = [
+        Disk(serial, folder / f"{serial}.img", kind, sector, folder / f"{serial}.log")
+        for serial, (kind, sector, _) in KINDS.items()
+    ]
+    for disk in made:
+        disk.create(KINDS[disk.serial][2] * MIB)
+    layer = packages.guest_layer()
+    with Machine(kernels.kernel(kernel), layer, folder, made, memory=1024) as machine:
+        words = [sys.executable, "-B", "-m", "tests.vm.sources", str(seed), *STACKS]
+        machine.start(" ".join(words))
+        code = machine.wait(600)
+        assert code == 0, machine.tail()
+    logs = {disk.serial: WriteLog(folder / f"{disk.serial}.log") for disk in made}
+    for disk in made:
+        whole_is_the_image(logs[disk.serial], disk.image)
+    count = sum(judged(folder / "share" / name, kernel, logs) for name in STACKS)
+    assert count >= len(STACKS) * (RAW + FILES) // 2
+
+
+def whole_is_the_image(log: WriteLog, image: Path) -> None:
+    """The log is true: all of it makes what the disk has become."""
+    held = np.fromfile(image, dtype=np.uint8)
+    replayed = np.zeros_like(held)
+    log.replay(replayed)
+    wrong = np.flatnonzero(digests(held) != digests(replayed))
+    assert not len(wrong), f"{image}: {len(wrong)} sectors are not in its log, {wrong[:4]}"
+
+
+def judged(name: Path, kernel: str, logs: dict[str, WriteLog]) -> int:
+    """How many points of a stack there were. Each is of an instant during its sync."""
+    about: dict[str, Any] = json.loads(name.with_suffix(".json").read_text(encoding="ascii"))
+    assert "overrun: 0\n" in about["trace"], about["trace"]
+    with name.with_suffix(".trace").open(encoding="utf-8", errors="replace") as lines:
+        trace = Trace(lines, tuple(about["device"]), about["start"], about["bio"])
+    points = np.load(name.with_suffix(".npz"))
+    widths, sectors = [], []
+    for segments in about["segments"]:
+        segments = [Segment(*each) for each in segments]
+        history = History(logs, segments, trace, about["size"])
+        assert (history.newest() == points["last"]).all(), f"{name.name}: the log misses writes"
+        for point in about["points"]:
+            number = point["try"]
+            span = trace.marks[f"begin {number}"], trace.marks[f"end {number}"]
+            verdict = history.judge(points[f"point{number}"], *span)
+            assert verdict.instants, f"{name.name}, point {number}, {point}: {verdict.fault}"
+            widths.append(verdict.instants[1] - verdict.instants[0])
+            sectors.append(verdict.prefix)
+    taken = about["points"]
+    told(
+        f"{kernel}, {name.name}: {len(taken)} points of {about['tried']} tries are of an instant "
+        f"of the log ({len(trace.changes)} changes), "
+        f"{sum(p['turns'] for p in taken)} changes meanwhile, rounds "
+        f"{[p['rounds'] for p in taken]}, {sectors.count(0)} a prefix to the sector, others with "
+        f"up to {max(sectors)} sectors in flight"
+    )
+    return len(taken)
