@@ -8,8 +8,8 @@ and none of the later ones of that sector had ended by T. So what had ended is t
 begun is not; what was in flight at T may be there, sector by sector: that is all that is given to
 the prefix of the log that was written at T, and it is given by the one T of all sectors.
 
-In particular, of a write that had ended before another was begun nothing is missing where any of the
-other is there.
+In particular, of a write that had ended before another was begun nothing is missing where any of
+the other is there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Segment(NamedTuple):
 class Trace:
     """What the kernel saw of the changes of one device, in order: instants are lines of it."""
 
-    def __init__(self, lines: Iterable[str], device: tuple[int, int], start: int, bio: bool) -> None:
+    def __init__(
+        self, lines: Iterable[str], device: tuple[int, int], start: int, bio: bool
+    ) -> None:
         """`start` is the byte of the traced disk at which the source begins; `bio`: it is driven
         by bios, not by requests."""
         self.marks: dict[str, int] = {}

@@ -2,8 +2,9 @@
 
     python -m tests.vm.sources SEED STACK...
 
-For each stack the share gets NAME.trace, what the kernel saw; NAME.npz, the digests of the sectors
-of each point and, in the end, of the source; NAME.json, where its sectors lie on the logged disks.
+For each stack the share gets NAME.trace, what the kernel saw; NAME.npy, the digests of the sectors
+of each point and, in the last row, of the source in the end; NAME.json, where its
+sectors lie on the logged disks.
 """
 
 from __future__ import annotations
@@ -20,15 +21,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from blktrack import linux, sync
 from blktrack.errors import NoPoint
 from blktrack.options import Options
-from blktrack.units import KIB, MIB, SECTOR
-from tests.blockdev import Lab, Silent, despite_collisions, flush, lab_in_memory, read_image, run, wait_until
+from blktrack.units import KIB, SECTOR
+from tests.blockdev import (
+    Lab,
+    Silent,
+    despite_collisions,
+    flush,
+    lab_in_memory,
+    read_image,
+    run,
+    wait_until,
+)
 from tests.oracle import fill
 from tests.vm import disks
 from tests.vm.instants import Segment
@@ -36,8 +48,9 @@ from tests.vm.writelog import digests
 from tests.workload import RawMix, make_filesystem, together, trim
 from tools.vm.initramfs import SHARE
 
-RAW, FILES = 5, 4  # points of each stack: of the bare device, of a file system
+RAW, FILES = 7, 5  # points of each stack: of the bare device, of a file system
 TRIES = 4  # for each of them
+MOST = 30  # rounds, after which there is no point
 LARGEST = 256 * KIB  # change: in rounds of more than that no point would be reached
 TRACING = Path("/sys/kernel/tracing")
 EVENTS = ("rq_issue", "rq_requeue", "rq_complete", "bio_queue", "bio_complete")
@@ -136,8 +149,7 @@ STACKS: dict[str, Callable[[Lab], Source]] = {
 class Turns:
     """Goes on until it is stopped, with pauses, and counts.
 
-    How fast a round is depends on the machine: `slower` and `faster` look for the pace at which
-    points are hard to come by, and come.
+    How fast a round is depends on the machine: it is adapted so that a point takes a few rounds.
     """
 
     def __init__(self, seed: int, pause: float) -> None:
@@ -151,11 +163,16 @@ class Turns:
             if self.stop.wait(self._random.expovariate(1 / self._pause)):
                 return
 
-    def slower(self) -> None:
-        self._pause *= 2
+    def go_on(self, count: int) -> None:
+        """Wait for so many turns."""
+        until = self.done + count
+        wait_until(lambda: self.done >= until, f"{count} changes", 120)
 
-    def faster(self) -> None:
-        self._pause *= 0.8
+    def adapt(self, rounds: int) -> None:
+        if rounds == 1:
+            self._pause *= 0.7
+        elif rounds > 3:
+            self._pause *= 2
 
 
 class OwnMix(RawMix):
@@ -196,7 +213,9 @@ class OwnMix(RawMix):
         finally:
             self._start, self.size = whole
         table = np.array(rows, dtype=np.int64)
-        assert (self._queue.move(self._direct, self._memory, table, write=True) == table[:, 1]).all()
+        assert (
+            self._queue.move(self._direct, self._memory, table, write=True) == table[:, 1]
+        ).all()
 
 
 class FileWork:
@@ -254,51 +273,48 @@ class FileWork:
 # Points
 
 
+class Point(NamedTuple):
+    number: int
+    consistency: str
+    rounds: int
+    changes: int  # that were made since the one before
+
+
 class Taker:
     """Takes points of a source, and what is to be known of them."""
 
     def __init__(self, lab: Lab, source: Source) -> None:
         self.lab, self.source = lab, source
         self.replica = str(lab.name("replica"))
-        self.points: list[dict[str, object]] = []
-        self.digests: dict[str, object] = {}
+        self.points: list[Point] = []
+        self.digests: list[NDArray[np.uint64]] = []
         self.tried = 0
 
     def take(self, wanted: int, turns: Sequence[Turns]) -> None:
         """While others write: some more turns of each for every point."""
         # The guard of a freeze takes seconds to start on an emulated processor.
-        wanted_ = Options(freeze=False)
+        options = Options(freeze=False)
         until, limit = len(self.points) + wanted, self.tried + TRIES * wanted
         while len(self.points) < until and self.tried < limit:
-            before = [each.done for each in turns]
-            wait_until(lambda: all(t.done > b + 2 for t, b in zip(turns, before, strict=True)),  # noqa: B023
-                       "some changes")  # fmt: skip
+            before = sum(each.done for each in turns)
+            for each in turns:
+                each.go_on(3)
             self.tried += 1
             mark(f"begin {self.tried}")
+            path, lab = self.source.path, self.lab
             try:
-                report = sync.sync(
-                    self.lab.store, self.source.path, self.replica, wanted_, Silent()
-                )[0]
+                report = sync.sync(lab.store, path, self.replica, options, Silent())[0]
             except NoPoint:
-                print(f"no point, {time.monotonic():.1f}", flush=True)
-                for each in turns:
-                    each.slower()
-                continue
-            for each in turns:
-                each.faster()
+                report = None
             mark(f"end {self.tried}")
+            for each in turns:
+                each.adapt(report.rounds if report else MOST)
+            if report is None:
+                continue
             assert report.mode in ("incremental", "nothing"), report
-            self.digests[f"point{self.tried}"] = digests(read_image(self.replica))
-            print(f"{report.rounds} rounds, {time.monotonic():.1f}", flush=True)
-            during = sum(each.done for each in turns) - sum(before)
-            self.points.append(
-                {
-                    "try": self.tried,
-                    "consistency": report.consistency,
-                    "rounds": report.rounds,
-                    "turns": during,
-                }
-            )
+            self.digests.append(digests(read_image(self.replica)))
+            during = sum(each.done for each in turns) - before
+            self.points.append(Point(self.tried, report.consistency, report.rounds, during))
 
 
 def mark(text: str) -> None:
@@ -310,7 +326,7 @@ def raw(taker: Taker, seed: int) -> None:
     first = source.size * 3 // 8 // (64 * KIB) * (64 * KIB)
     regions = [(0, first), (first, source.size - first)]
     edges = [segment.start for segment in source.segments[0]]
-    turns = [Turns(seed + number, 0.05) for number in range(len(regions))]
+    turns = [Turns(seed + number, 0.1) for number in range(len(regions))]
     mixes = [
         OwnMix(source.path, seed + number, *region, edges) for number, region in enumerate(regions)
     ]
@@ -322,7 +338,7 @@ def files(taker: Taker, seed: int) -> None:
     source = taker.source
     make_filesystem(source.path, "ext4")
     with taker.lab.mounted(source.path) as folder:
-        turns = [Turns(seed + number, 0.05) for number in range(2)]
+        turns = [Turns(seed + number, 0.1) for number in range(2)]
         works = [FileWork(folder, seed + number) for number in range(2)]
         written(taker, FILES, turns, [work.run for work in works])
     trim(taker.lab, source.path)
@@ -342,7 +358,7 @@ def written(
                 each.stop.set()
 
     pairs = zip(works, turns, strict=True)
-    together([take, *(lambda work=work, turn=turn: work(turn) for work, turn in pairs)])  # type: ignore[misc]
+    together([take, *(lambda work=work, turn=turn: work(turn) for work, turn in pairs)])
 
 
 def points(lab: Lab, name: str, seed: int) -> None:
@@ -359,7 +375,7 @@ def points(lab: Lab, name: str, seed: int) -> None:
     share = Path(SHARE)
     shutil.copyfile(TRACING / "trace", share / f"{name}.trace")
     last = digests(read_image(source.path))
-    np.savez(share / f"{name}.npz", last=last, **taker.digests)  # type: ignore[arg-type]
+    np.save(share / f"{name}.npy", np.stack([*taker.digests, last]))
     overrun = (TRACING / "per_cpu/cpu0/stats").read_text(encoding="ascii")
     told = {
         "size": source.size,

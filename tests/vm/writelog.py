@@ -46,13 +46,13 @@ class WriteLog:
 
     def __init__(self, path: Path) -> None:
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
-        magic, version, count, self.sector = _SUPER.unpack_from(self._bytes)
+        magic, version, count, self.sector = _SUPER.unpack(self._at(0, _SUPER.size))
         if (magic, version) != (MAGIC, 1):
             raise ValueError(f"{path} is no write log of version 1")
         self.entries: list[Entry] = []
         at = self.sector
         for _ in range(count):
-            sector, sectors, flags, mark = _HEADER.unpack_from(self._bytes, at)
+            sector, sectors, flags, mark = _HEADER.unpack(self._at(at, _HEADER.size))
             at += self.sector
             start, length = sector * self.sector, sectors * self.sector
             self.entries.append(Entry(start, length, flags, at))
@@ -62,6 +62,9 @@ class WriteLog:
                 at += length
         if at > len(self._bytes):
             raise ValueError(f"{path} ends within an entry: {len(self._bytes)} bytes of {at}")
+
+    def _at(self, start: int, length: int) -> bytes:
+        return self._bytes[start : start + length].tobytes()
 
     def data(self, entry: Entry) -> Image:
         """What the entry leaves in its place: a discard, zeroes, as a raw image has them."""

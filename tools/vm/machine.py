@@ -107,6 +107,7 @@ class Disk:
                 driver="blklogwrites",
                 file=node,
                 log=f"{node}-log",
+                discard="unmap",  # a node without it drops discards, and logs none
                 # The count of entries is with each of them, so that it is true after a power cut.
                 **{"log-sector-size": self.sector, "log-super-update-interval": 1},
             )
