@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -26,14 +27,12 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-KINDS = {  # serial number: kind, sector, MiB
-    "blk": ("virtio-blk", 512, 8),
-    "nvme4k": ("nvme", 4096, 8),
-    "scsi": ("virtio-scsi", 512, 8),
-    "lv1": ("virtio-blk", 512, 6),
-    "lv2": ("nvme", 512, 5),
-    "md1": ("virtio-blk", 512, 9),
-    "md2": ("virtio-scsi", 512, 9),
+DISKS = {  # of each stack: serial number, kind, sector, MiB
+    "virtio-blk": [("blk", "virtio-blk", 512, 8)],
+    "nvme-4096": [("nvme4k", "nvme", 4096, 8)],
+    "virtio-scsi-partition": [("scsi", "virtio-scsi", 512, 8)],
+    "lvm-linear": [("lv1", "virtio-blk", 512, 6), ("lv2", "nvme", 512, 5)],
+    "md-raid1": [("md1", "virtio-blk", 512, 9), ("md2", "virtio-scsi", 512, 9)],
 }
 # Each kernel has three stacks, each stack two kernels where that goes.
 STACKS = {
@@ -52,12 +51,11 @@ def folder() -> Iterator[Path]:
 
 
 def test_points_are_of_one_instant_of_the_write_log(kernel: str, seed: int, folder: Path) -> None:
-    made = [
-        Disk(serial, folder / f"{serial}.img", kind, sector, folder / f"{serial}.log")
-        for serial, (kind, sector, _) in KINDS.items()
-    ]
-    for disk in made:
-        disk.create(KINDS[disk.serial][2] * MIB)
+    made = []
+    for serial, kind, sector, size in itertools.chain(*(DISKS[name] for name in STACKS[kernel])):
+        image, log = folder / f"{serial}.img", folder / f"{serial}.log"
+        made.append(Disk(serial, image, kind, sector, log))
+        made[-1].create(size * MIB)
     layer = packages.guest_layer()
     with Machine(kernels.kernel(kernel), layer, folder, made, memory=1024) as machine:
         words = [sys.executable, "-B", "-m", "tests.vm.sources", str(seed), *STACKS[kernel]]
