@@ -4,8 +4,12 @@ The format is that of Linux's drivers/md/dm-log-writes.c: a sector of super bloc
 count of entries, sector size), then for each entry a sector of header (sector, sectors, flags,
 length of a mark) and its data; discards have none. qemu's block/blklogwrites.c gives an entry its
 place when the image has the data, and tells the guest after that: so the place of a write in the
-log lies between its submission and its completion, and the log is in the order of the image. It
-knows no FUA: such a write is followed by a flush.
+log lies between its submission and its completion, and the log is in the order of the image.
+
+FUA is not told: qemu makes a flush of its own after such a write, and that passes the log by where
+nothing else was written since the flush before (bdrv_co_flush counts a write when all of it has
+ended). What is to be known of caches is therefore known of disks without FUA alone: virtio-blk and
+virtio-scsi, for which the kernel sends a flush.
 """
 
 from __future__ import annotations
