@@ -36,7 +36,7 @@ from tools.vm.machine import Disk, Machine
 
 pytestmark = [
     pytest.mark.needs("root", "loop", "ext4", "xfs", "qemu-system-x86_64", "depmod"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 CUTS = 20 * int(os.environ.get("BLKTRACK_SOAK") or 1)  # of each case
@@ -66,7 +66,7 @@ def test_replica_outlives_a_volatile_cache(kernel: str, seed: int, folder: Path)
     layer = packages.guest_layer()
     with Machine(kernels.kernel(kernel), layer, folder, made, memory=1024) as machine:
         machine.start(f"{sys.executable} -B -m tests.vm.publisher {seed}")
-        code = machine.wait(600)
+        code = machine.wait(1500)
         assert code == 0, machine.tail()
     about = json.loads((folder / "share/told.json").read_text(encoding="ascii"))
     for case in CASES:

@@ -24,7 +24,7 @@ from tools.vm.machine import Disk, Machine
 
 pytestmark = [
     pytest.mark.needs("root", "qemu-system-x86_64", "depmod"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 DISKS = {  # of each stack: serial number, kind, sector, MiB
@@ -60,7 +60,7 @@ def test_points_are_of_one_instant_of_the_write_log(kernel: str, seed: int, fold
     with Machine(kernels.kernel(kernel), layer, folder, made, memory=1024) as machine:
         words = [sys.executable, "-B", "-m", "tests.vm.sources", str(seed), *STACKS[kernel]]
         machine.start(" ".join(words))
-        code = machine.wait(600)
+        code = machine.wait(1500)
         assert code == 0, machine.tail()
     logs = {disk.serial: WriteLog(folder / f"{disk.serial}.log") for disk in made}
     for disk in made:
