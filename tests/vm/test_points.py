@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from blktrack.units import MIB
 from tests.blockdev import told
@@ -21,6 +22,8 @@ from tests.vm.sources import FILES, RAW, Point
 from tests.vm.writelog import WriteLog, digests
 from tools.vm import kernels, packages
 from tools.vm.machine import Disk, Machine
+
+Digests = NDArray[np.uint64]
 
 pytestmark = [
     pytest.mark.needs("root", "qemu-system-x86_64", "depmod"),
@@ -78,6 +81,13 @@ def whole_is_the_image(log: WriteLog, image: Path) -> None:
     assert not len(wrong), f"{image}: {len(wrong)} sectors are not in its log, {wrong[:4]}"
 
 
+def mixed(points: Digests) -> Iterator[Digests]:
+    """False points: one half of each, and the other of the next."""
+    half = points.shape[1] // 2
+    for one, other in itertools.pairwise(points):
+        yield np.concatenate([one[:half], other[half:]])
+
+
 def judged(name: Path, kernel: str, logs: dict[str, WriteLog]) -> int:
     """How many points of a stack there were. Each is of an instant during its sync."""
     about: dict[str, Any] = json.loads(name.with_suffix(".json").read_text(encoding="ascii"))
@@ -85,16 +95,21 @@ def judged(name: Path, kernel: str, logs: dict[str, WriteLog]) -> int:
     with name.with_suffix(".trace").open(encoding="utf-8", errors="replace") as lines:
         trace = Trace(lines, tuple(about["device"]), about["start"], about["bio"])
     points = np.load(name.with_suffix(".npy"))
+    always = 0, max(trace.marks.values())
     taken, sectors = [Point(*each) for each in about["points"]], []
     for segments in about["segments"]:
         segments = [Segment(*each) for each in segments]
         history = History(logs, segments, trace, about["size"])
         assert (history.newest() == points[-1]).all(), f"{name.name}: the log misses writes"
+        # What made the volume wrote before it was traced.
+        assert about["bio"] or not history.undated, f"{name.name}: the trace misses writes"
         for point, held in zip(taken, points, strict=False):
             span = trace.marks[f"begin {point.number}"], trace.marks[f"end {point.number}"]
             verdict = history.judge(held, *span)
             assert verdict.instants, f"{name.name}, {point}: {verdict.fault}"
             sectors.append(verdict.prefix)
+        noticed = sum(not history.judge(each, *always).instants for each in mixed(points[:-1]))
+        assert noticed >= len(taken) // 2, f"{name.name}: false points are taken for true ones"
     told(
         f"{kernel}, {name.name}: {len(taken)} points of {about['tried']} tries are of an instant "
         f"of the log ({len(trace.changes)} changes), "
