@@ -30,12 +30,13 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 
-DISKS = {  # of each stack: serial number, kind, sector, MiB
-    "virtio-blk": [("blk", "virtio-blk", 512, 8)],
-    "nvme-4096": [("nvme4k", "nvme", 4096, 8)],
-    "virtio-scsi-partition": [("scsi", "virtio-scsi", 512, 8)],
-    "lvm-linear": [("lv1", "virtio-blk", 512, 6), ("lv2", "nvme", 512, 5)],
-    "md-raid1": [("md1", "virtio-blk", 512, 9), ("md2", "virtio-scsi", 512, 9)],
+# Of each stack: serial number, kind, sector, MiB, writes a second. On slow ones many are in flight.
+DISKS = {
+    "virtio-blk": [("blk", "virtio-blk", 512, 8, 200)],
+    "nvme-4096": [("nvme4k", "nvme", 4096, 8, 0)],
+    "virtio-scsi-partition": [("scsi", "virtio-scsi", 512, 8, 100)],
+    "lvm-linear": [("lv1", "virtio-blk", 512, 6, 0), ("lv2", "nvme", 512, 5, 100)],
+    "md-raid1": [("md1", "virtio-blk", 512, 9, 0), ("md2", "virtio-scsi", 512, 9, 100)],
 }
 # Each kernel has three stacks, each stack two kernels where that goes.
 STACKS = {
@@ -55,9 +56,11 @@ def folder() -> Iterator[Path]:
 
 def test_points_are_of_one_instant_of_the_write_log(kernel: str, seed: int, folder: Path) -> None:
     made = []
-    for serial, kind, sector, size in itertools.chain(*(DISKS[name] for name in STACKS[kernel])):
+    for serial, kind, sector, size, rate in itertools.chain(
+        *(DISKS[name] for name in STACKS[kernel])
+    ):
         image, log = folder / f"{serial}.img", folder / f"{serial}.log"
-        made.append(Disk(serial, image, kind, sector, log))
+        made.append(Disk(serial, image, kind, sector, log, rate=rate))
         made[-1].create(size * MIB)
     layer = packages.guest_layer()
     with Machine(kernels.kernel(kernel), layer, folder, made, memory=1024) as machine:

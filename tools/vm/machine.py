@@ -88,6 +88,7 @@ class Disk:
     sector: int = 512
     log: Path | None = None
     options: str = ""  # more properties of the qemu device, "name=value,…"
+    rate: int = 0  # writes a second that are let through: others wait, in flight; 0: all are
 
     def create(self, size: int) -> None:
         """A new image, of holes."""
@@ -112,6 +113,17 @@ class Disk:
                 **{"log-sector-size": self.sector, "log-super-update-interval": 1},
             )
             node += "-logged"
+        if self.rate:
+            group = f"{node}-rate"
+            words += ["-object", f"throttle-group,id={group},x-iops-write={self.rate}"]
+            words += _blockdev(
+                f"{node}-slow",
+                driver="throttle",
+                file=node,
+                discard="unmap",
+                **{"throttle-group": group},
+            )
+            node += "-slow"
         sectors = f"logical_block_size={self.sector},physical_block_size={self.sector}"
         common = f"drive={node},serial={self.serial},{sectors}"
         if self.options:
