@@ -16,7 +16,7 @@ def find(serial: str) -> str:
         return bool(found) and Path(found[0]).exists()
 
     def is_(path: Path) -> bool:
-        return serial in serials(path)
+        return serial in serials(path) and (path / "hidden").read_text().strip() == "0"
 
     wait_until(met, f"the disk {serial}")
     return found[0]

@@ -30,6 +30,7 @@ _DRIVERS = {
     "virtio-blk": ("virtio_blk",),
     "virtio-scsi": ("virtio_scsi", "sd_mod"),
     "nvme": ("nvme",),
+    "nvme-shared": ("nvme",),
 }
 _STATUS, _READY = "status", "ready"
 
@@ -84,7 +85,7 @@ class Disk:
 
     serial: str  # at most 20 characters
     image: Path
-    kind: str = "virtio-blk"  # or virtio-scsi, nvme
+    kind: str = "virtio-blk"  # or virtio-scsi, nvme, nvme-shared
     sector: int = 512
     log: Path | None = None
     options: str = ""  # more properties of the qemu device, "name=value,…"
@@ -141,6 +142,13 @@ class Disk:
                 return [*words, "-device", f"scsi-hd,bus={bus}.0,{common}"]
             case "nvme":
                 return [*words, "-device", f"nvme,{common}"]
+            case "nvme-shared":
+                # Linux makes a multipath head of what several controllers may have.
+                group, control = f"group{number}", f"control{number}"
+                words += ["-device", f"nvme-subsys,id={group}"]
+                words += ["-device", f"nvme,id={control},serial={self.serial},subsys={group}"]
+                space = f"nvme-ns,drive={node},bus={control},shared=on,{sectors}"
+                return [*words, "-device", space]
         raise ValueError(f"no kind of disk: {self.kind}")
 
 

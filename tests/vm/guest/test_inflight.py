@@ -24,7 +24,7 @@ from tests import sectors
 from tests.blockdev import PATIENCE, Lab, Silent, read_image, run, told, wait_until, write_direct
 from tests.oracle import fill, missed
 from tests.sectors import Image
-from tests.vm.guest.stacks import logical
+from tests.vm.guest.stacks.lvm import logical
 from tests.vm.guest.volume import Volume, delays
 from tests.vm.guest.writers import BLOCK, Writers
 

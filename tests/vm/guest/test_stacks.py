@@ -7,6 +7,7 @@ synced meanwhile is the device in the end. Then a point under writes keeps their
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,6 @@ from functools import partial
 import pytest
 
 from blktrack import sync
-from blktrack.bpf import layout
-from blktrack.bpf.btf import Btf
 from blktrack.device import bypasses_bios
 from blktrack.errors import Refused
 from blktrack.extent import total
@@ -27,8 +26,8 @@ from blktrack.sysfs import BlockDevice
 from blktrack.tracker import tracker
 from blktrack.units import KIB, MIB, SECTOR, format_size
 from tests import sectors
-from tests.blockdev import Lab, Silent, flush, read_image, wait_until, write_direct
-from tests.oracle import fill, missed
+from tests.blockdev import Lab, Silent, flush, read_image, wait_until, write_direct, written_by_page
+from tests.oracle import fill, missed, repeating
 from tests.vm.guest.stacks import STACKS, Stack
 from tests.vm.matrix import CELL
 from tests.workload import (
@@ -59,11 +58,7 @@ every_stack = pytest.mark.parametrize(
 def refusal(stack: Stack) -> str:
     """Why `track` does not take it on this kernel; "" if it does."""
     if stack.rw_page:
-        btf = Btf()
-        try:
-            return "page by page past the block layer" if layout.has_rw_page(btf) else ""
-        finally:
-            btf.close()
+        return "page by page past the block layer" if written_by_page() else ""
     return stack.refused
 
 
@@ -117,8 +112,10 @@ def mix(lab: Lab, seed: int, paths: list[str]) -> str:
     differ = marked = 0
     reports: list[SyncReport] = []
     for phase, work in steps(lab, paths, seed):
-        # One is enough here: the processor is needed for the changes.
-        together([work, lambda: reports.append(lab.sync(device, target))])
+        with repeating(lambda: reports.append(lab.sync(device, target))):
+            work()
+        modes = {report.mode: report.reason for report in reports}
+        assert modes.keys() <= {"incremental", "nothing"}, modes
         for path in paths:
             flush(path)
         after, look = read_image(device), watch.look()
@@ -128,7 +125,7 @@ def mix(lab: Lab, seed: int, paths: list[str]) -> str:
         differ += len(sectors.differing(before, after)) * SECTOR
         marked += total(look.drained)
         before = after
-    assert {report.mode for report in reports} <= {"incremental", "nothing"}, reports
+    rewrite(lab, device, target)
     last = sync.sync(lab.store, device, target, Options(), Silent())[0]
     assert last.consistency == "crash"
     found = sectors.faults(read_image(device), read_image(target))
@@ -137,6 +134,17 @@ def mix(lab: Lab, seed: int, paths: list[str]) -> str:
         f"{format_size(differ)} differ, {format_size(marked)} tracked, {len(reports)} syncs, "
         f"{sum(report.consistency == 'none' for report in reports)} of them under writes"
     )
+
+
+def rewrite(lab: Lab, device: str, target: str) -> None:
+    """A file, in place: who reads the device through its page cache has what it read before."""
+    with lab.mounted(device) as folder, (folder / "rewritten").open("wb") as file:
+        for _ in range(3):
+            file.seek(0)
+            file.write(os.urandom(256 * KIB))
+            file.flush()
+            os.fsync(file.fileno())
+            assert lab.sync(device, target).mode == "incremental"
 
 
 class Chain:

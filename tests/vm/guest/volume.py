@@ -7,7 +7,7 @@ from pathlib import Path
 from blktrack.sysfs import BlockDevice
 from blktrack.units import SECTOR
 from tests.blockdev import Lab, run, wait_until
-from tests.vm.guest.stacks import dm
+from tests.vm.guest.stacks.mapper import dm
 
 LONG = 120_000  # milliseconds: longer than any test; what is held so long is released
 
