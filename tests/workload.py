@@ -287,13 +287,17 @@ def file_activity(lab: Lab, path: str, seed: int, count: int) -> None:
 
 
 def trim(lab: Lab, path: str) -> None:
-    """fstrim: discard what the file system does not use."""
     with lab.mounted(path) as folder:
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.ioctl(fd, FITRIM, struct.pack("QQQ", 0, 2**64 - 1, 0))
-        finally:
-            os.close(fd)
+        trim_mounted(folder)
+
+
+def trim_mounted(folder: Path) -> None:
+    """fstrim: discard what the file system does not use."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, FITRIM, struct.pack("QQQ", 0, 2**64 - 1, 0))
+    finally:
+        os.close(fd)
 
 
 def phases(

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blktrack.units import MIB
+from tests.blockdev import run
 from tests.reached import GUEST
 from tools.vm import kernels
+from tools.vm.initramfs import ROOT_DISK
 from tools.vm.machine import Disk
 
 KERNELS = tuple(kernels.SUITES)
@@ -26,11 +28,14 @@ class Spec:
     sector: int = 512
     size: int = 128 * MIB
     options: str = ""
+    ext4: bool = False
 
     def make(self, folder: Path) -> Disk:
         image = folder / f"{self.serial}.img"
         disk = Disk(self.serial, image, self.kind, self.sector, options=self.options)
         disk.create(self.size)
+        if self.ext4:
+            run("mkfs.ext4", "-q", "-F", image)
         return disk
 
 
@@ -56,10 +61,15 @@ MACHINES = {
 }
 # Of its own, as it is long. A piece of memory is to be taken for persistent, for DAX.
 MACHINES["stacks"] = Layout(
-    tuple(replace(spec, size=16 * MIB) for spec in MACHINES["plain"].disks),
+    (
+        *(replace(spec, size=16 * MIB) for spec in MACHINES["plain"].disks),
+        Spec("head", "nvme-shared", size=16 * MIB),
+    ),
     memory=1280,
     limit=2400.0,
     arguments="memmap=64M!1024M",
 )
 # Of its own, as a device that stays suspended takes its machine with it.
 MACHINES["inflight"] = Layout()
+# What is written to / is on the disk.
+MACHINES["root"] = Layout((Spec("root", ext4=True),), arguments=ROOT_DISK)

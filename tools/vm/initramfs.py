@@ -1,8 +1,9 @@
 """What a kernel needs to reach the root of the host: busybox, a few modules, a script.
 
-The script puts an overlay in memory over what qemu shares by 9p, read-only: the host's root, the
-layer of packages, the modules of the kernel. Then it hands over to `init` of the share that is
-written to. Nothing of the host is changed by what happens inside.
+The script puts an overlay over what qemu shares by 9p, read-only: the host's root, the layer of
+packages, the modules of the kernel. What is written lies in memory or, with ROOT_DISK, on a disk.
+Then it hands over to `init` of the share that is written to. Nothing of the host is changed by what
+happens inside.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import zstandard
 from tools.vm.kernels import Kernel
 
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+# ext4 asks for the checksum by its name, which modprobe would load.
+_ROOT_MODULES = ("virtio_blk", "crc32c_generic", "ext4")
 SHARE = "/vm"  # inside: where the folder of the machine is
+# An argument of the kernel: what is written to the root lies on the first virtio disk, an ext4, to
+# be seen below DISK_ROOT as well.
+ROOT_DISK, DISK_ROOT = "blktrack.root=vda", "/media/root"
 
 # Linux's Documentation/filesystems/9p.rst. `loose` lets the guest keep what it read: nobody writes
 # to these while it runs. The share has no cache, so that both sides see each line as it is written.
@@ -25,11 +31,19 @@ _9P = "trans=virtio,version=9p2000.L,msize=512000"
 _INIT = f"""#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
-mkdir -p /proc /host /layer /kernel /memory /whole /new
+mkdir -p /proc /dev /host /layer /kernel /memory /whole /new
 for module in $(cat /modules/order); do insmod /modules/$module; done
 for tree in host layer kernel; do mount -t 9p -o {_9P},cache=loose,ro $tree /$tree; done
-mount -t tmpfs none /memory
-mkdir /memory/upper /memory/work
+mount -t proc proc /proc
+if grep -q {ROOT_DISK} /proc/cmdline; then
+    mount -t devtmpfs dev /dev
+    mount -t ext4 /dev/vda /memory || poweroff -f
+    umount /dev
+else
+    mount -t tmpfs none /memory
+fi
+umount /proc
+mkdir -p /memory/upper /memory/work
 mount -t overlay -o lowerdir=/kernel:/layer:/host,upperdir=/memory/upper,workdir=/memory/work \\
     root /whole
 mount --bind /whole /new
@@ -40,6 +54,8 @@ mount -t sysfs sys sys
 mount -t devtmpfs dev dev
 mount -t tmpfs -o mode=755 run run
 mount -t tmpfs -o mode=1777 tmp tmp
+mkdir -p .{DISK_ROOT}
+mount --bind /memory .{DISK_ROOT}
 # The working tree may be in one of those.
 while read -r path; do
     mkdir -p ./$path
@@ -71,7 +87,7 @@ def build(kernel: Kernel, busybox: Path, keep: Sequence[Path]) -> bytes:
 
 
 def order(kernel: Kernel) -> list[Path]:
-    """The files of MODULES, each after those that it needs. What is not there is in the kernel."""
+    """The files of these modules, each after what it needs. One that is not there is built in."""
     needs = dict[str, list[str]]()
     for line in (kernel.modules / "modules.dep").read_text(encoding="ascii").splitlines():
         path, _, others = line.partition(":")
@@ -85,7 +101,7 @@ def order(kernel: Kernel) -> list[Path]:
         if path not in found:
             found.append(path)
 
-    for name in MODULES:
+    for name in MODULES + _ROOT_MODULES:
         if name in names:
             visit(names[name])
     return [kernel.modules / path for path in found]
