@@ -137,17 +137,17 @@ int blk_bio_queue(u64 *ctx)
 	if (!bytes)
 		return 0;
 
-	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
+	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot) {
+#if COPIES > 1
+		/* Another copy was here. If not, it is the same change once more: it is remembered. */
+		if (!tracked && same(bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key), &entry))
+			return 0;
+#endif
+		mark(ws, slot, SUBMITTED, bio_range(bio));
 		tracked = true;
+	}
 	if (!tracked)
 		return 0;
-#if COPIES > 1
-	/* Another copy was here before. If not, it is the same change once more: it is remembered. */
-	if (same(bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key), &entry))
-		return 0;
-#endif
-	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
-		mark(ws, slot, SUBMITTED, bio_range(bio));
 
 	error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_NOEXIST);
 	if (!error)
