@@ -122,7 +122,12 @@ class Guest:
         if resumed:
             assert mode in ("incremental", "nothing"), f"{mode} of {source} after a clean stop"
         else:
-            assert mode in ("resync",) if had else ("initial", "resync"), f"{mode} of {source}"
+            wanted = ("resync",) if had else ("initial", "resync")
+            assert mode in wanted, f"{mode} of {source}"
+            reason = self.events.of(source, "end")[-1]["reason"]
+            # Not by what lies behind that, as a pending set that is gone.
+            known = "rebooted" in reason or "its content was another" in reason
+            assert known or not had, f"resync of {source}: {reason}"
         if not self.job.busy:
             self._compare(source)
 
