@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from blktrack.config import Paths
+from blktrack.errors import BlktrackError
 from blktrack.ship.apply import finish, settle
 from blktrack.ship.claim import take
 from blktrack.ship.place import RECORD, Place, lock_of
@@ -150,12 +151,14 @@ class Cuts:
             held.callback(run, "umount", point)
             paths = Paths.below(self.folder / "root")
             state = point / self.about.folder
-            if self.case == "device":
-                target = nodes[1]
-                record = finished_device(target, state, paths)
-            else:
-                target = str(point / "replica.img")
-                record = finish(target, paths)
+            target = nodes[1] if self.case == "device" else str(point / "replica.img")
+            try:
+                if self.case == "device":
+                    record = finished_device(target, state, paths)
+                else:
+                    record = finish(target, paths)
+            except BlktrackError as error:
+                pytest.fail(f"{what}: {error}")
             assert record and record.point and record.state is State.READY, f"{what}: {record}"
             number = self.about.epochs.index(record.point.epoch)
             wrong = np.flatnonzero(digests(read_image(target)[:SOURCE]) != self.points[number])
