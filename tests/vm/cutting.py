@@ -158,8 +158,8 @@ class Cut:
     def _written(
         self, end: Endpoint, pieces: list[Piece], buffer: Buffer, requests: RequestQueue | None
     ) -> None:
-        """At "apply-half" the cut is in the middle of a piece of what is applied."""
-        if self._applying and self._job.at == "apply-half":
+        """At "apply-half" the cut is in the middle of what is applied."""
+        if self._applying and self._job.at == "apply-half" and len(pieces) > 1:
             self._write_many(end, pieces[: len(pieces) // 2], buffer, requests)
             self.now()
             self._write_many(end, pieces[len(pieces) // 2 :], buffer, requests)

@@ -158,16 +158,22 @@ class Guest:
             self.write()
         match job.when:
             case "idle":
-                count = self.writers[job.source].count
-                wait_until(lambda: self.writers[job.source].count > count + 4, "some writes")
+                self.await_writes()
                 self.cut.now()
             case "stop":
                 self.stop()
             case "later":
                 with self.cut.armed():
                     while True:
-                        assert self.sync(job.source) in ("", "incremental", "nothing")
+                        self.await_writes()
+                        assert self.sync(job.source) in ("", "incremental")
         self.cut.await_it()
+
+    def await_writes(self) -> None:
+        """So many that an increment of them has more than one extent."""
+        writer = self.writers[self.job.source]
+        count = writer.count
+        wait_until(lambda: writer.count > count + 20, "some writes")
 
     def stop(self) -> None:
         """The clean stop of all, that of job.source last."""
@@ -192,7 +198,7 @@ class Guest:
         self.note("foreign", source)
         writer = self.writers[source]
         writer.start()
-        wait_until(lambda: writer.count > 8, "some writes")
+        self.await_writes()
         self.cut.now()
         self.cut.await_it()
 
