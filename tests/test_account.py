@@ -21,11 +21,11 @@ from tests.oracle import fill, missed
 
 on_loop = pytest.mark.needs("root", "loop", "bpf")
 COMPLETE = "int blk_rq_complete(u64 *ctx)\n{\n"
-REMEMBERED = "\tif (!found)\n\t\treturn 0;\n"
+REMEMBERED = "\tif (!found)\n\t\treturn false;\n"
 ISSUE = "int blk_rq_issue(u64 *ctx)\n{\n"
 # Blind to the blocks at 5 MiB, as if the program had not run for them.
 BLIND = "\tif (FIELD(u64, (void *)ctx[0], RQ_SECTOR) == 10240)\n\t\treturn 0;\n"
-BLIND_TO_BIO = "\tif (found->sector == 10240)\n\t\treturn 0;\n"
+BLIND_TO_BIO = "\tif (found->sector == 10240)\n\t\treturn true;\n"
 
 
 def blinded(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 /*
- * The four programs. Request-based disks are followed through requests: issue comes before the driver
+ * The programs. Request-based disks are followed through requests: issue comes before the driver
  * sees the change, completion before the submitter hears of it. Bio-based ones (device-mapper, md,
  * zram) show only bios, and a completed bio no longer tells its range once it was split, so the range
  * is remembered from queue to completion by bio pointer. Where programs can be preempted, several
