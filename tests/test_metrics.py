@@ -17,6 +17,7 @@ from blktrack import durable, metrics
 from blktrack.metrics.text import Exposition, Metric
 from blktrack.state import Doubt
 from blktrack.tracker import tracker
+from blktrack.tracker.doubt import LOSSES
 from blktrack.units import KIB, MIB
 from tests.background import Running, assert_clear
 from tests.blockdev import Lab, lab_in_memory, run, write_direct
@@ -124,7 +125,7 @@ def test_figures_are_those_of_status_and_history(shared: Lab) -> None:
         of_device("kernel_memory_bytes") == tracker.track(shared.store, device, None).kernel_bytes
     )
     losses = [v for has, v in found["device_losses_total"] if has["device"] == device]
-    assert (len(losses), sum(losses)) == (4, status["losses"])
+    assert (len(losses), sum(losses)) == (len(LOSSES), status["losses"])
 
     def of_link(name: str) -> float | None:
         of = {"device": device, "link": replica.name, "target": str(replica)}
