@@ -64,7 +64,7 @@ def other_programs() -> Iterator[Callable[[], int]]:
         attach_empty()
         module = bpf(text=counting.encode())
         stack.callback(module.cleanup)
-        for tracepoint in layout.PROGRAMS.values():
+        for tracepoint in set(layout.PROGRAMS.values()):
             module.attach_raw_tracepoint(tp=tracepoint.encode(), fn_name=b"count")
         attach_empty()
         yield lambda: sum(ct.c_uint64(value.value).value for value in module[b"seen"].values())
