@@ -119,7 +119,7 @@ int blk_bio_queue(u64 *ctx)
 	u32 bytes = FIELD(u32, bio, BIO_SIZE);
 	struct bio_range entry = {};
 	u64 key = (u64)bio;
-	bool tracked = false;
+	bool tracked = false, again = false;
 	long error;
 
 	if (HARMLESS(op))
@@ -139,14 +139,15 @@ int blk_bio_queue(u64 *ctx)
 
 	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot) {
 #if COPIES > 1
-		/* Another copy was here. If not, it is the same change once more: it is remembered. */
-		if (!tracked && same(bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key), &entry))
-			return 0;
+		/* Another copy was here; or one just like it was, and was not seen to end. Then it is
+		 * remembered, and marked all the same: that one was of another epoch. */
+		if (!tracked)
+			again = same(bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key), &entry);
 #endif
-		mark(ws, slot, SUBMITTED, bio_range(bio));
+		mark_once(ws, slot, SUBMITTED, bio_range(bio), again);
 		tracked = true;
 	}
-	if (!tracked)
+	if (!tracked || again)
 		return 0;
 
 	error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_NOEXIST);

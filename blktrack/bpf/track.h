@@ -103,8 +103,8 @@ INLINE void mark_granules(struct window *w, void *map, u32 plane, u64 first, u64
 	}
 }
 
-/* Mark what of a range lies in the window of `slot`. */
-INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
+/* Mark what of a range lies in the window of `slot`; `again` if it was counted before. */
+INLINE void mark_once(struct windows *ws, u32 slot, u32 plane, struct range r, bool again)
 {
 	struct window *w = &ws->window[slot];
 	u64 first = r.sector, end = r.sector + r.sectors;
@@ -113,7 +113,7 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 
 	/* Plain additions: a program never runs twice at once on a CPU, and only one adds to each.
 	 * Copies may disturb each other; their counts are shown, and nothing depends on them. */
-	if (s && plane == SUBMITTED)
+	if (s && plane == SUBMITTED && !again)
 		s->begun += r.sectors << 9;
 	if (s && plane == COMPLETED)
 		s->ended += r.sectors << 9;
@@ -137,6 +137,11 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 		s->writes++;
 		s->written += (end - first) << 9;
 	}
+}
+
+INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
+{
+	mark_once(ws, slot, plane, r, false);
 }
 
 /* The slots of one whole disk: one, or more where it or several of its partitions are tracked. */
