@@ -10,7 +10,8 @@ import pytest
 
 from blktrack.bpf import compile as bcc
 from blktrack.bpf import kernel, layout
-from blktrack.bpf.kernel import MAPS, Detached
+from blktrack.bpf.abi import MAPS
+from blktrack.bpf.kernel import Detached
 from blktrack.bpf.programs import BY_KIND
 from blktrack.bpf.view import View
 from blktrack.errors import BlktrackError, Refused

@@ -93,8 +93,8 @@ BREAKAGES = {
     "as it is": ("", "", ("loop-512", "partition-512", "zram")),
     # The account (test_account.py) is not broken by any of these: they mark the wrong granules.
     "a large change is counted and not marked when completed": (
-        "	map = bpf_map_lookup_elem(MAP(FD_PLANES), &slot);\n",
-        "	map = bpf_map_lookup_elem(MAP(FD_PLANES), &slot);\n"
+        "	map = bpf_map_lookup_elem(MAP(MAP_PLANES), &slot);\n",
+        "	map = bpf_map_lookup_elem(MAP(MAP_PLANES), &slot);\n"
         "	if (plane == COMPLETED && end - first > 8192)\n		map = 0;\n",
         ("loop-512",),
     ),

@@ -10,6 +10,7 @@ import numpy as np
 
 SLOTS = 64  # tracked devices at once
 LEVELS = 4  # radix-64 levels of a plane, see `track.h`
+MAPS = ("windows", "planes", "stats", "inflight")  # the shared ones; programs number them so
 INFLIGHT = 65536  # bios of bio-based devices between queue and completion
 MAX_RANGES = 256  # (discard range, slot) pairs of one request; more would be too much to verify
 MAX_SPLITS = 4  # times that a bio is split and its part split again

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from blktrack.bpf import abi
 from blktrack.bpf.layout import PROGRAMS
 from blktrack.errors import BlktrackError
@@ -17,16 +19,30 @@ _HERE = Path(__file__).parent
 _HEADERS = _HERE / "headers"  # stands in for the kernel headers that bcc looks for
 
 
-def source(facts: Mapping[str, int | str], maps: Mapping[str, int]) -> str:
-    """The program text: shared structs, kernel facts, map descriptors, `track.c`."""
+# struct bpf_insn (include/uapi/linux/bpf.h).
+_INSTRUCTION = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "<i2"), ("imm", "<i4")])
+_LOAD = 0x18  # BPF_LD | BPF_IMM | BPF_DW: of 64 bits, in two instructions
+_OF_MAP = (1, 2)  # BPF_PSEUDO_MAP_FD, BPF_PSEUDO_MAP_VALUE: what a source register then stands for
+
+
+def source(facts: Mapping[str, int | str]) -> str:
+    """The program text: shared structs, kernel facts, a number for each of MAPS, `track.c`."""
     defines = "".join(f"#define {name} {value}\n" for name, value in facts.items())
-    defines += "".join(f"#define FD_{name.upper()} {fd}\n" for name, fd in maps.items())
+    defines += "".join(f"#define MAP_{name.upper()} {n}\n" for n, name in enumerate(abi.MAPS))
     return f"{abi.c_header()}{defines}{(_HERE / 'track.c').read_text()}"
+
+
+def linked(code: bytes, maps: Mapping[str, int]) -> bytes:
+    """Instructions with the descriptors of `maps`, by name, for the numbers of `source`."""
+    made = np.frombuffer(code, dtype=_INSTRUCTION).copy()
+    named = (made["code"] == _LOAD) & np.isin(made["registers"] >> 4, _OF_MAP)
+    made["imm"][named] = np.array([maps[name] for name in abi.MAPS])[made["imm"][named]]
+    return made.tobytes()
 
 
 def fingerprint() -> str:
     """Names program text and shared structs: programs and maps of another do not fit."""
-    text = source({}, {}) + (_HERE / "track.h").read_text()
+    text = source({}) + (_HERE / "track.h").read_text()
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -40,7 +56,7 @@ def import_bcc() -> tuple[type[Any], Any]:
 
 
 def compile_programs(text: str) -> dict[str, bytes]:
-    """Instructions of every program, for `libbpf.load_program`. BlktrackError if bcc fails."""
+    """Instructions of every program, for `linked`. BlktrackError if bcc fails."""
     try:
         bpf, lib = import_bcc()
     except ImportError as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 from blktrack import sysfs
 from blktrack.bpf import abi, layout, libbpf
 from blktrack.bpf.btf import Btf
-from blktrack.bpf.compile import compile_programs, fingerprint, source
-from blktrack.bpf.kernel import MAPS, Detached, Kernel, create_inner, remove
+from blktrack.bpf.compile import compile_programs, fingerprint, linked, source
+from blktrack.bpf.kernel import Detached, Kernel, create_inner, remove
 from blktrack.bpf.planes import Geometry
 from blktrack.bpf.programs import BY_KIND, copies_of
 from blktrack.errors import BlktrackError
@@ -23,7 +23,7 @@ def install(root: Path, *kinds: int) -> Kernel:
     """Attach the programs for these kinds of device, making maps and pins as needed."""
     mount_bpffs(root.parent)
     pins = root / fingerprint()
-    new = not all((pins / name).exists() for name in MAPS)
+    new = not all((pins / name).exists() for name in abi.MAPS)
     if new:
         _create_maps(root, pins)
     kernel = Kernel(root)
@@ -84,7 +84,8 @@ def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
     btf = Btf()
     loaded: dict[str, int] = {}
     try:
-        code = compile_programs(source(layout.constants(btf), maps))
+        compiled = compile_programs(source(layout.constants(btf)))
+        code = {name: linked(each, maps) for name, each in compiled.items()}
         for name in names:
             target = btf.tracepoint(layout.PROGRAMS[name])
             count = layout.copies(btf) if name in BY_KIND[abi.KIND_BIO] else 1
@@ -160,7 +161,7 @@ def _create_maps(root: Path, pins: Path) -> None:
     try:
         remove(root)
         pins.mkdir(mode=0o700, parents=True)
-        for name in MAPS:
+        for name in abi.MAPS:
             libbpf.pin(fds[name], pins / name)
     except OSError as error:
         raise BlktrackError(

@@ -32,8 +32,6 @@ from blktrack.bpf.programs import BY_KIND, Program, pinned_copies
 from blktrack.errors import BlktrackError
 from blktrack.units import SECTOR, format_size
 
-MAPS = ("windows", "planes", "stats", "inflight")
-
 
 class Detached(BlktrackError):
     """Something that tracking needs is no longer in the kernel or no longer pinned."""
@@ -78,7 +76,7 @@ class Kernel:
         self.pins = pins = root / fingerprint()
         self._fds: dict[str, int] = {}
         try:
-            for name in MAPS:
+            for name in abi.MAPS:
                 self._fds[name] = libbpf.open_pin(pins / name)
         except OSError as error:
             self.close()
@@ -255,7 +253,7 @@ class Kernel:
     @property
     def maps(self) -> dict[str, int]:
         """Descriptors of the shared maps."""
-        return {name: self._fds[name] for name in MAPS}
+        return {name: self._fds[name] for name in abi.MAPS}
 
     def in_flight(self, disk: int) -> NDArray[Any]:
         """Changes of a bio-based disk that were seen to begin and not to end (abi.BIO)."""

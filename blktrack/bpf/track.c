@@ -51,7 +51,7 @@ INLINE void mark_ranges(struct windows *ws, u32 number, u32 plane, void *bio)
 
 INLINE void mark_request(void *rq, u32 plane, volatile u32 *bytes)
 {
-	struct windows *ws = VALUE(FD_WINDOWS);
+	struct windows *ws = VALUE(MAP_WINDOWS);
 	u32 op = OP(FIELD(u32, rq, RQ_CMD_FLAGS));
 	void *bio;
 	u32 number;
@@ -113,7 +113,7 @@ INLINE bool same(volatile struct bio_range *found, struct bio_range *bio)
 
 int blk_bio_queue(u64 *ctx)
 {
-	struct windows *ws = VALUE(FD_WINDOWS);
+	struct windows *ws = VALUE(MAP_WINDOWS);
 	void *bio = (void *)ctx[BIO_QUEUE_ARG];
 	u32 op = OP(FIELD(u32, bio, BIO_OPF));
 	u32 bytes = FIELD(u32, bio, BIO_SIZE);
@@ -142,7 +142,7 @@ int blk_bio_queue(u64 *ctx)
 		/* Another copy was here; or one just like it was, and was not seen to end. Then it is
 		 * remembered, and marked all the same: that one was of another epoch. */
 		if (!tracked)
-			again = same(bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key), &entry);
+			again = same(bpf_map_lookup_elem(MAP(MAP_INFLIGHT), &key), &entry);
 #endif
 		mark_once(ws, slot, SUBMITTED, bio_range(bio), again);
 		tracked = true;
@@ -150,16 +150,16 @@ int blk_bio_queue(u64 *ctx)
 	if (!tracked || again)
 		return 0;
 
-	error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_NOEXIST);
+	error = bpf_map_update_elem(MAP(MAP_INFLIGHT), &key, &entry, BPF_NOEXIST);
 	if (!error)
 		return 0;
 	if (error == -EEXIST) {
 		/* The bio that had this address before was not seen to complete. */
-		volatile struct bio_range *old = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
+		volatile struct bio_range *old = bpf_map_lookup_elem(MAP(MAP_INFLIGHT), &key);
 
 		if (old)
 			complete(ws, old, true);
-		error = bpf_map_update_elem(MAP(FD_INFLIGHT), &key, &entry, BPF_ANY);
+		error = bpf_map_update_elem(MAP(MAP_INFLIGHT), &key, &entry, BPF_ANY);
 	}
 	if (error)
 		FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
@@ -190,7 +190,7 @@ INLINE void ended_unbegun(struct windows *ws, void *bio)
 	for (int i = 0; i < MAX_SPLITS; i++) {
 		u64 key = (u64)part;
 
-		if (bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key))
+		if (bpf_map_lookup_elem(MAP(MAP_INFLIGHT), &key))
 			return;
 		/* It need not be a bio at all. */
 		if (bpf_probe_read_kernel(&part, sizeof(part), (char *)part + BIO_PRIVATE))
@@ -207,20 +207,20 @@ INLINE void ended_unbegun(struct windows *ws, void *bio)
 INLINE bool end_remembered(struct windows *ws, void *bio)
 {
 	u64 key = (u64)bio;
-	volatile struct bio_range *found = bpf_map_lookup_elem(MAP(FD_INFLIGHT), &key);
+	volatile struct bio_range *found = bpf_map_lookup_elem(MAP(MAP_INFLIGHT), &key);
 
 	if (!found)
 		return false;
 	/* Another device or operation: the address was used again, the completion meant was missed. */
 	complete(ws, found, found->op != OP(FIELD(u32, bio, BIO_OPF)) ||
 				    found->dev != disk_number(BIO_DISK(bio)));
-	bpf_map_delete_elem(MAP(FD_INFLIGHT), &key);
+	bpf_map_delete_elem(MAP(MAP_INFLIGHT), &key);
 	return true;
 }
 
 int blk_bio_complete(u64 *ctx)
 {
-	struct windows *ws = VALUE(FD_WINDOWS);
+	struct windows *ws = VALUE(MAP_WINDOWS);
 	void *bio = (void *)ctx[BIO_COMPLETE_ARG];
 
 	if (!end_remembered(ws, bio))
@@ -231,6 +231,6 @@ int blk_bio_complete(u64 *ctx)
 /* The copies of it, which run after it: mostly there is nothing left for them to do. */
 int blk_bio_complete_again(u64 *ctx)
 {
-	end_remembered(VALUE(FD_WINDOWS), (void *)ctx[BIO_COMPLETE_ARG]);
+	end_remembered(VALUE(MAP_WINDOWS), (void *)ctx[BIO_COMPLETE_ARG]);
 	return 0;
 }

@@ -13,7 +13,7 @@
  * program therefore looks its inner map up once for each mark and never keeps it.
  *
  * Included after the generated header (abi.py, layout.py), which defines the structs, the field
- * offsets and enum values of the running kernel, and FD_* for the maps.
+ * offsets and enum values of the running kernel, and MAP_* for the maps.
  */
 
 /* The pseudo instruction by which a program names a map: 1 the map itself, 2 its only value. */
@@ -48,7 +48,7 @@ INLINE u32 disk_number(void *disk)
 
 INLINE struct stats *stats_of(u32 slot)
 {
-	return bpf_map_lookup_elem(MAP(FD_STATS), &slot);
+	return bpf_map_lookup_elem(MAP(MAP_STATS), &slot);
 }
 
 /* Added atomically: a program may be interrupted by another on the same CPU. */
@@ -128,7 +128,7 @@ INLINE void mark_once(struct windows *ws, u32 slot, u32 plane, struct range r, b
 	if (first >= end)
 		return;
 
-	map = bpf_map_lookup_elem(MAP(FD_PLANES), &slot);
+	map = bpf_map_lookup_elem(MAP(MAP_PLANES), &slot);
 	if (!map)
 		return;
 	mark_granules(w, map, plane, (first - w->start) >> w->shift, (end - 1 - w->start) >> w->shift);

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import mmap
 import os
 import threading
@@ -14,8 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from blktrack import crash
-from blktrack.bpf import install
-from blktrack.bpf.compile import compile_programs
 from blktrack.linux import Buffer
 from blktrack.ship.aio import RequestQueue
 from blktrack.ship.endpoint import Endpoint
@@ -174,18 +170,3 @@ class Cut:
     def await_it(self) -> NoReturn:
         while True:
             time.sleep(60)
-
-
-def compile_once(share: Path) -> None:
-    """The programs are compiled in the first boot and kept: LLVM is what takes longest in here."""
-
-    def kept(text: str) -> dict[str, bytes]:
-        path = share / f"compiled-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if not path.exists():
-            found = {name: code.hex() for name, code in compile_programs(text).items()}
-            path.with_suffix(".new").write_text(json.dumps(found), encoding="ascii")
-            path.with_suffix(".new").rename(path)
-        read = json.loads(path.read_text(encoding="ascii"))
-        return {name: bytes.fromhex(code) for name, code in read.items()}
-
-    vars(install)["compile_programs"] = kept

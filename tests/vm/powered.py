@@ -26,7 +26,8 @@ from blktrack.state import Store
 from blktrack.tracker import service, tracker
 from tests import sectors
 from tests.blockdev import Silent, read_image, wait_until
-from tests.vm.cutting import HOME, XFS, Cut, Writer, assemble, compile_once, mount, named
+from tests.vm.compiled import compile_once
+from tests.vm.cutting import HOME, XFS, Cut, Writer, assemble, mount, named
 from tests.vm.power import FAR, Events, Job, Writes, look
 from tools.vm.initramfs import SHARE
 
@@ -204,5 +205,5 @@ class Guest:
 
 
 if __name__ == "__main__":
-    compile_once(Path(SHARE))
+    compile_once()
     Guest(Path(SHARE)).work()

@@ -37,6 +37,7 @@ from tests.blockdev import (
 )
 from tests.oracle import fill
 from tests.vm import disks
+from tests.vm.compiled import compile_once
 from tests.vm.writelog import digests
 from tests.workload import next_sequence
 from tools.vm.initramfs import SHARE
@@ -91,6 +92,7 @@ def change(source: str, size: int, turns: random.Random) -> None:
 
 def main() -> None:
     seed = int(sys.argv[1])
+    compile_once()
     turns, share, source = random.Random(seed), Path(SHARE), disks.find("src")
     told: dict[str, Told] = {}
     with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as lab:

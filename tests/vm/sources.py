@@ -43,6 +43,7 @@ from tests.blockdev import (
 )
 from tests.oracle import fill
 from tests.vm import disks
+from tests.vm.compiled import compile_once
 from tests.vm.instants import Segment
 from tests.vm.writelog import digests
 from tests.workload import RawMix, make_filesystem, together, trim
@@ -392,6 +393,7 @@ def points(lab: Lab, name: str, seed: int) -> None:
 
 def main() -> None:
     seed = int(sys.argv[1])
+    compile_once()
     (TRACING / "buffer_size_kb").write_text("24576", encoding="ascii")
     for event in EVENTS:
         (TRACING / f"events/block/block_{event}/enable").write_text("1", encoding="ascii")

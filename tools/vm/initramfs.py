@@ -20,6 +20,7 @@ MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 # ext4 asks for the checksum by its name, which modprobe would load.
 _ROOT_MODULES = ("virtio_blk", "crc32c_generic", "ext4")
 SHARE = "/vm"  # inside: where the folder of the machine is
+KEPT = "/kept"  # inside: what all machines may leave to each other
 # An argument of the kernel: what is written to the root lies on the first virtio disk, an ext4, to
 # be seen below DISK_ROOT as well.
 ROOT_DISK, DISK_ROOT = "blktrack.root=vda", "/media/root"
@@ -48,7 +49,7 @@ mount -t overlay -o lowerdir=/kernel:/layer:/host,upperdir=/memory/upper,workdir
     root /whole
 mount --bind /whole /new
 cd /new
-mkdir -p proc sys dev run tmp .{SHARE}
+mkdir -p proc sys dev run tmp .{SHARE} .{KEPT}
 mount -t proc proc proc
 mount -t sysfs sys sys
 mount -t devtmpfs dev dev
@@ -62,6 +63,7 @@ while read -r path; do
     mount --bind /whole$path ./$path
 done </hidden
 mount -t 9p -o {_9P},cache=none share .{SHARE}
+mount -t 9p -o {_9P},cache=none kept .{KEPT}
 exec switch_root /new /bin/sh {SHARE}/init
 """
 

@@ -22,7 +22,7 @@ from typing import Self
 from tools.vm import initramfs
 from tools.vm.initramfs import SHARE
 from tools.vm.kernels import Kernel
-from tools.vm.packages import TOP
+from tools.vm.packages import TOP, cache
 
 QEMU = "qemu-system-x86_64"
 _ARGUMENTS = "nokaslr mitigations=off tsc=reliable panic=-1 console=ttyS0 quiet"
@@ -201,7 +201,8 @@ class Machine:
 
     def prepare(self, script: str, environment: Mapping[str, str] | None = None) -> None:
         """Write what the boot reads."""
-        self.share.mkdir(parents=True, exist_ok=True)
+        for folder in (self.share, kept()):
+            folder.mkdir(parents=True, exist_ok=True)
         for name in (_READY, _STATUS):
             (self.share / name).unlink(missing_ok=True)
         exports = [f"export {key}={shlex.quote(to)}" for key, to in (environment or {}).items()]
@@ -230,6 +231,7 @@ class Machine:
         for tag, path in read_only.items():
             words += _share(tag, path, "readonly=on")
         words += _share("share", self.share, "readonly=off")
+        words += _share("kept", kept(), "readonly=off")
         for number, disk in enumerate(self.disks):
             words += disk.words(number)
         if self.network is not None:
@@ -297,6 +299,11 @@ class Machine:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
+
+
+def kept() -> Path:
+    """What is KEPT inside."""
+    return cache() / "kept"
 
 
 def _share(tag: str, path: Path, *options: str) -> list[str]:

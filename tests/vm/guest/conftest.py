@@ -4,11 +4,14 @@ import os
 
 import pytest
 
+from tests.vm.compiled import compile_once
 from tests.vm.machines import DELIBERATE, INSIDE
 from tests.vm.matrix import Matrix
 
 collect_ignore = [] if DELIBERATE in os.environ else ["test_deliberate.py"]
 _MATRIX = Matrix()
+if INSIDE:
+    compile_once()
 
 
 @pytest.fixture(autouse=True)
