@@ -7,6 +7,7 @@ kills it when the thread that started it ends, however that comes about.
 
 from __future__ import annotations
 
+import compileall
 import os
 import shlex
 import signal
@@ -214,6 +215,9 @@ class Machine:
         if self.network is not None:
             drivers.add("virtio_net")
         (self.share / "modules").write_text(" ".join(["loop", *sorted(drivers)]), encoding="utf-8")
+        # Inside, what Python compiles is not kept.
+        for name in ("blktrack", "tests", "tools"):
+            compileall.compile_dir(TOP / name, quiet=2)
         busybox = self.layer / "usr/bin/busybox"
         archive = initramfs.build(self.kernel, busybox, [TOP, Path(sys.prefix)])
         (self.folder / "initramfs").write_bytes(archive)
