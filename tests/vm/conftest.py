@@ -46,6 +46,23 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.timeout(0))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that have machines of their own come first: those of the guests' run beside them."""
+    places = [place for place, item in enumerate(items) if GUEST.parent in item.path.parents]
+    ordered = sorted((items[place] for place in places), key=is_guests)
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if INSIDE or session.config.option.collectonly or NEEDS.missing(NEEDED):
+        return
+    if any(kernel_of(item) for item in session.items if not is_guests(item)):
+        runs(session)
+
+
 def kernel_of(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
     return str(callspec.params.get("kernel", "")) if callspec else ""
@@ -70,10 +87,7 @@ def reports(item: pytest.Item) -> Iterator[pytest.TestReport]:
     if reason := NEEDS.missing(NEEDED):
         yield own_report(item, reason, skip=not CI)
         return
-    session = item.session
-    if RUNS not in session.stash:
-        session.stash[RUNS] = Runs([each for each in session.items if is_guests(each)])
-    outcome = session.stash[RUNS].outcome(item)
+    outcome = runs(item.session).outcome(item)
     for data in outcome.reports:
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
         if report.failed:
@@ -81,6 +95,13 @@ def reports(item: pytest.Item) -> Iterator[pytest.TestReport]:
         yield report
     if outcome.error:
         yield own_report(item, outcome.error, skip=outcome.run.absent and not CI)
+
+
+def runs(session: pytest.Session) -> Runs:
+    if RUNS not in session.stash:
+        items = [item for item in session.items if is_guests(item)]
+        session.stash[RUNS] = Runs(items, beside=len(items) < len(session.items))
+    return session.stash[RUNS]
 
 
 def own_report(item: pytest.Item, reason: str, *, skip: bool = False) -> pytest.TestReport:

@@ -1,8 +1,8 @@
 """Runs what is chosen of guest/: a machine for each kernel and row of MACHINES, two at a time.
 
-All machines are queued when the first outcome is asked for. A machine that is done is removed with
-its disks, unless a test failed in it: then its folder stays below `failed` in the cache, until the
-next one of its name fails.
+While tests drive machines of their own, these count as one of the two. A machine that is done is
+removed with its disks, unless a test failed in it: then its folder stays below `failed` in the
+cache, until the next one of its name fails.
 """
 
 from __future__ import annotations
@@ -155,19 +155,26 @@ def clear() -> None:
 
 
 class Runs:
-    def __init__(self, items: Sequence[pytest.Item]) -> None:
+    def __init__(self, items: Sequence[pytest.Item], *, beside: bool) -> None:
+        """All are queued. beside -- until the first outcome is asked for, others have machines."""
         clear()
         groups = defaultdict[tuple[str, str], list[str]](list)
         for item in items:
             groups[key_of(item)].append(item.nodeid)
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vm")
-        self._runs = {key: Run(*key, tests) for key, tests in groups.items()}
+        self._alone = threading.Event()
+        if beside:
+            self._pool.submit(self._alone.wait)
+        # Those that take long first, so that all end at about the same time.
+        keys = sorted(groups, key=lambda key: MACHINES[key[1]].limit, reverse=True)
+        self._runs = {key: Run(*key, groups[key]) for key in keys}
         self._ends: dict[tuple[str, str], Future[None]] = {
             key: self._pool.submit(run.work) for key, run in self._runs.items()
         }
 
     def outcome(self, item: pytest.Item) -> Outcome:
         """Wait until the test is through, or its machine."""
+        self._alone.set()
         run, end = self._runs[key_of(item)], self._ends[key_of(item)]
         while True:
             ended = end.done()
@@ -181,6 +188,7 @@ class Runs:
                 end.result(timeout=0.2)
 
     def close(self) -> None:
+        self._alone.set()
         for key, end in self._ends.items():
             if not end.cancel() and not end.done() and not self._runs[key].through():
                 self._runs[key].stop()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -26,17 +27,26 @@ from blktrack.sysfs import BlockDevice
 from blktrack.tracker import tracker
 from blktrack.units import KIB, MIB, SECTOR, format_size
 from tests import sectors
-from tests.blockdev import Lab, Silent, flush, read_image, wait_until, write_direct, written_by_page
+from tests.blockdev import (
+    Lab,
+    Silent,
+    flush,
+    read_image,
+    run,
+    wait_until,
+    write_direct,
+    written_by_page,
+)
 from tests.oracle import fill, missed, repeating
 from tests.vm.guest.stacks import STACKS, Stack
 from tests.vm.matrix import CELL
 from tests.workload import (
+    FileMix,
     RawMix,
-    file_activity,
     make_filesystem,
     next_sequence,
     together,
-    trim,
+    trim_mounted,
 )
 
 pytestmark = [
@@ -76,14 +86,20 @@ def test_stack(
         record_property(CELL, "refused")
         return
     with shared.fresh() as inner:  # what is tracked is let go before the stack is taken down
-        mixed = mix(inner, seed, paths)
-        order = keeps_order(inner, paths[0])
+        target = str(inner.name("replica"))
+        mixed = mix(inner, seed, paths, target)
+        order = keeps_order(inner, paths[0], target)
     record_property(CELL, "tracked")
     record_property("measured", f"{mixed}; {order}")
 
 
-def steps(lab: Lab, paths: list[str], seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A short form of tests.workload.phases, for fifty stacks on three kernels."""
+def steps(
+    lab: Lab, paths: list[str], seed: int, synced: Callable[[], None]
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A short form of tests.workload.phases, for fifty stacks on three kernels.
+
+    synced -- waits for a sync that begins after it is called
+    """
     device = paths[0]
     mixes = [RawMix(path, seed + number) for number, path in enumerate([device, *paths])]
     # md raid5 and the origin of a snapshot, for two, take none.
@@ -94,16 +110,19 @@ def steps(lab: Lab, paths: list[str], seed: int) -> Iterator[tuple[str, Callable
 
     def files() -> None:
         make_filesystem(device, "ext4")
-        file_activity(lab, device, seed, COUNT)
-        if discards:
-            trim(lab, device)
+        with lab.mounted(device) as folder:
+            together([partial(FileMix(folder, seed + n).run, COUNT) for n in range(2)])
+            run("sync", "-f", folder)
+            rewrite(folder / "rewritten", synced)
+            if discards:
+                trim_mounted(folder)
 
     yield "bare", lambda: together([partial(mix.run, COUNT) for mix in mixes])
     yield "files", files
 
 
-def mix(lab: Lab, seed: int, paths: list[str]) -> str:
-    device, target = paths[0], str(lab.name("replica"))
+def mix(lab: Lab, seed: int, paths: list[str], target: str) -> str:
+    device = paths[0]
     fill(device)
     watch = lab.track(device)
     assert lab.sync(device, target).mode == "initial"
@@ -111,7 +130,13 @@ def mix(lab: Lab, seed: int, paths: list[str]) -> str:
     before = read_image(device)
     differ = marked = 0
     reports: list[SyncReport] = []
-    for phase, work in steps(lab, paths, seed):
+
+    def synced() -> None:
+        """The next sync to end may have begun before."""
+        wanted = len(reports) + 2
+        wait_until(lambda: len(reports) >= wanted, "two syncs")
+
+    for phase, work in steps(lab, paths, seed, synced):
         with repeating(lambda: reports.append(lab.sync(device, target))):
             work()
         modes = {report.mode: report.reason for report in reports}
@@ -125,7 +150,6 @@ def mix(lab: Lab, seed: int, paths: list[str]) -> str:
         differ += len(sectors.differing(before, after)) * SECTOR
         marked += total(look.drained)
         before = after
-    rewrite(lab, device, target)
     last = sync.sync(lab.store, device, target, Options(), Silent())[0]
     assert last.consistency == "crash"
     found = sectors.faults(read_image(device), read_image(target))
@@ -136,15 +160,17 @@ def mix(lab: Lab, seed: int, paths: list[str]) -> str:
     )
 
 
-def rewrite(lab: Lab, device: str, target: str) -> None:
-    """A file, in place: who reads the device through its page cache has what it read before."""
-    with lab.mounted(device) as folder, (folder / "rewritten").open("wb") as file:
-        for _ in range(3):
+def rewrite(path: Path, synced: Callable[[], None]) -> None:
+    """In place, with a sync in between: who reads the device through its page cache has what it
+    read before."""
+    with path.open("wb") as file:
+        for turn in range(2):
             file.seek(0)
             file.write(os.urandom(256 * KIB))
             file.flush()
             os.fsync(file.fileno())
-            assert lab.sync(device, target).mode == "incremental"
+            if turn == 0:
+                synced()
 
 
 class Chain:
@@ -183,10 +209,8 @@ def writing(chain: Chain) -> Iterator[None]:
         thread.join()
 
 
-def keeps_order(lab: Lab, device: str) -> str:
+def keeps_order(lab: Lab, device: str, target: str) -> str:
     """A point under writes holds the first of them up to one, and all that had ended before it."""
-    target = str(lab.name("ordered"))
-    lab.sync(device, target)
     chain = Chain(device)
     begin = time.monotonic()
     with writing(chain):
