@@ -19,6 +19,7 @@ from tools.vm.kernels import Kernel
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 # ext4 asks for the checksum by its name, which modprobe would load.
 _ROOT_MODULES = ("virtio_blk", "crc32c_generic", "ext4")
+BUSYBOX = "/usr/bin/busybox"  # inside, of the layer
 SHARE = "/vm"  # inside: where the folder of the machine is
 KEPT = "/kept"  # inside: what all machines may leave to each other
 # An argument of the kernel: what is written to the root lies on the first virtio disk, an ext4, to
@@ -64,7 +65,7 @@ while read -r path; do
 done </hidden
 mount -t 9p -o {_9P},cache=none share .{SHARE}
 mount -t 9p -o {_9P},cache=none kept .{KEPT}
-exec switch_root /new /bin/sh {SHARE}/init
+exec switch_root /new {BUSYBOX} sh {SHARE}/init
 """
 
 

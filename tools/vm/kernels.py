@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
+
+import zstandard
 
 from tools.vm.packages import FetchError, Suite, cached, run, unpack
 
@@ -32,10 +36,15 @@ class Kernel:
         return modules.name
 
     @property
-    def image(self) -> Path:
+    def packed(self) -> Path:
         """From sid's 7.x on it is among the modules."""
         old = self.root / "boot" / f"vmlinuz-{self.version}"
         return old if old.exists() else self.modules / "vmlinuz"
+
+    @property
+    def image(self) -> Path:
+        """Unpacked: an emulated processor takes seconds for that."""
+        return self.root / "vmlinux"
 
     @property
     def modules(self) -> Path:
@@ -44,7 +53,7 @@ class Kernel:
 
 def kernel(name: str) -> Kernel:
     """One of SUITES, fetched where the cache has it not. FetchError."""
-    with cached(f"kernel-{name}", lambda root: _fetch(SUITES[name], root)) as folder:
+    with cached(f"linux-{name}", lambda root: _fetch(SUITES[name], root)) as folder:
         return Kernel(name, folder)
 
 
@@ -60,9 +69,24 @@ def _fetch(suite: str, root: Path) -> None:
     if len(list((root / "usr/lib/modules").iterdir())) != 1:
         raise FetchError(f"{_META} of {suite} is no kernel with modules any more")
     found = Kernel(suite, root)
-    if not found.image.exists():
+    if not found.packed.exists():
         raise FetchError(f"{_META} of {suite} has no vmlinuz")
+    found.image.write_bytes(unpacked(found.packed.read_bytes()))
     run("depmod", "-b", root, found.version)
+
+
+def unpacked(image: bytes) -> bytes:
+    """The ELF image in a bzImage: Linux's Documentation/arch/x86/boot.rst, payload_offset.
+
+    qemu starts it at its PVH entry (CONFIG_PVH, which Debian's kernels have).
+    """
+    start, length = struct.unpack_from("<II", image, 0x248)
+    start += (image[0x1F1] + 1) * 512  # setup_sects, and the boot sector
+    packed = image[start : start + length]
+    if packed.startswith(b"\xfd7zXZ"):
+        # Its size stands behind it.
+        return lzma.LZMADecompressor().decompress(packed)
+    return zstandard.ZstdDecompressor().decompressobj().decompress(packed)
 
 
 def parts(source: Suite) -> list[str]:

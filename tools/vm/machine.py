@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from tools.vm import initramfs
-from tools.vm.initramfs import SHARE
+from tools.vm.initramfs import BUSYBOX, SHARE
 from tools.vm.kernels import Kernel
 from tools.vm.packages import TOP, cache
 
@@ -35,7 +35,8 @@ _DRIVERS = {
 }
 _STATUS, _READY = "status", "ready"
 
-# PID 1 inside: makes the system whole, runs the script, says how it ended and switches off.
+# PID 1 inside, of busybox, most of whose commands are its own: makes the system whole, runs the
+# script, says how it ended and switches off.
 _INSIDE = f"""\
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
 # There is no udevd to wait for: dmsetup and lvm make their own nodes.
@@ -50,12 +51,12 @@ mount -t tracefs trace /sys/kernel/tracing
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mkdir -p /run/lock /run/lvm /run/cryptsetup /etc/lvm
 hostname guest
-busybox ip link set lo up
-modprobe -a $(cat {SHARE}/modules)
+ip link set lo up
+/sbin/modprobe -a $(cat {SHARE}/modules)
 if [ -e /sys/class/net/eth0 ]; then # as qemu's user network has it
-    busybox ip addr add 10.0.2.15/24 dev eth0
-    busybox ip link set eth0 up
-    busybox ip route add default via 10.0.2.2
+    ip addr add 10.0.2.15/24 dev eth0
+    ip link set eth0 up
+    ip route add default via 10.0.2.2
 fi
 cat >/etc/lvm/lvmlocal.conf <<'END'
 activation {{ udev_sync=0 udev_rules=0 monitoring=0 }}
@@ -64,11 +65,11 @@ global {{ event_activation=0 }}
 END
 cd /
 : >{SHARE}/{_READY}
-sh {SHARE}/run >{SHARE}/output 2>&1 </dev/null
+/bin/sh {SHARE}/run >{SHARE}/output 2>&1 </dev/null
 echo $? >{SHARE}/{_STATUS}.new
 mv {SHARE}/{_STATUS}.new {SHARE}/{_STATUS}
 sync
-exec busybox poweroff -f
+exec poweroff -f
 """
 
 
@@ -218,7 +219,7 @@ class Machine:
         # Inside, what Python compiles is not kept.
         for name in ("blktrack", "tests", "tools"):
             compileall.compile_dir(TOP / name, quiet=2)
-        busybox = self.layer / "usr/bin/busybox"
+        busybox = self.layer / BUSYBOX.lstrip("/")
         archive = initramfs.build(self.kernel, busybox, [TOP, Path(sys.prefix)])
         (self.folder / "initramfs").write_bytes(archive)
 
