@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.blockdev import told
 from tests.conftest import NEEDS
 from tests.vm import relay
 from tests.vm.machines import BRIEF, INSIDE, KERNELS
+from tests.vm.matrix import CELL
 from tests.vm.runs import Runs
 
 GUEST = Path(__file__).parent / "guest"
@@ -115,6 +117,13 @@ def own_report(item: pytest.Item, reason: str, *, skip: bool = False) -> pytest.
     call = pytest.CallInfo.from_call(end, when="call")
     report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """What a test measured is said in the end, but for the cells of the matrix: it has a table."""
+    found = dict(report.user_properties) if report.when == "call" else {}
+    if "measured" in found and CELL not in found and not INSIDE:
+        told(f"{report.nodeid.rpartition('::')[2]}: {found['measured']}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -48,6 +48,11 @@ MUTANTS = {
         "	found->bytes = FIELD(u32, bio, BIO_SIZE);\n"
         "	/* Another device or operation:",
     ),
+    "what is in flight is not remembered": Mutant(
+        "dm-delay",
+        "	error = bpf_map_update_elem(MAP(MAP_INFLIGHT), &key, &entry, BPF_NOEXIST);",
+        "	return 0;",
+    ),
     "discards are no changes": Mutant(
         "null_blk",
         "#define HARMLESS(op) ((op)",
