@@ -32,7 +32,6 @@ from tests.blockdev import (
     lab_in_memory,
     read_image,
     run,
-    wait_until,
     write_direct,
 )
 from tests.oracle import fill
@@ -64,14 +63,10 @@ def parts(case: str, size: int) -> list[tuple[int, int]]:
 
 def parted(lab: Lab, case: str) -> tuple[str, list[str]]:
     disk = disks.find(case)
-    size = int(run("blockdev", "--getsize64", disk))
-    nodes = []
-    for number, (start, length) in enumerate(parts(case, size), 1):
-        run("addpart", disk, str(number), str(start // SECTOR), str(length // SECTOR))
-        nodes.append(f"{disk}p{number}" if disk[-1].isdigit() else f"{disk}{number}")
-        wait_until(Path(nodes[-1]).exists, nodes[-1])
-        lab.stack.callback(run, "delpart", disk, str(number))
-    return disk, nodes
+    size = disks.size_of(disk)
+    return disk, [
+        disks.part(lab, disk, number, *each) for number, each in enumerate(parts(case, size), 1)
+    ]
 
 
 def mount(lab: Lab, kind: str, device: str, point: Path) -> Path:
@@ -103,7 +98,7 @@ def main() -> None:
             for case in ("ext4", "xfs")
         }
         targets["device"] = made["device"][1][1]
-        size = int(run("blockdev", "--getsize64", source))
+        size = disks.size_of(source)
         fill(source)
         lab.track(source)
         for number in range(POINTS + 1):
@@ -111,7 +106,7 @@ def main() -> None:
             for case, target in targets.items():
                 report = sync.sync(lab.store, source, target, Options(), Silent())[0]
                 assert report.consistency == "crash", report
-                last = int(run("blockdev", "--getsize64", made[case][0])) - END
+                last = disks.size_of(made[case][0]) - END
                 mark = np.zeros(512, dtype=np.uint64)  # a block of 4 KiB
                 mark[:2] = MARK, number
                 write_direct(made[case][0], last, mark.tobytes())

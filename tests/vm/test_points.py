@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from blktrack.units import MIB
 from tests.blockdev import told
 from tests.vm.instants import History, Segment, Trace
-from tests.vm.sources import FILES, RAW, Point
+from tests.vm.taker import FILES, RAW, Point
 from tests.vm.writelog import WriteLog, digests
 from tools.vm import kernels, packages
 from tools.vm.machine import Disk, Machine
@@ -64,7 +64,7 @@ def test_points_are_of_one_instant_of_the_write_log(kernel: str, seed: int, fold
         made[-1].create(size * MIB)
     layer = packages.guest_layer()
     with Machine(kernels.kernel(kernel), layer, folder, made, memory=1024) as machine:
-        words = [sys.executable, "-B", "-m", "tests.vm.sources", str(seed), *STACKS[kernel]]
+        words = [sys.executable, "-B", "-m", "tests.vm.taker", str(seed), *STACKS[kernel]]
         machine.start(" ".join(words))
         code = machine.wait(1500)
         assert code == 0, machine.tail()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from blktrack import linux
 from blktrack.sysfs import SYSFS
 from blktrack.units import KIB, MIB, SECTOR
 from tests.blockdev import Lab, run, wait_until
 from tests.vm import disks
-from tests.vm.guest.stacks.registry import Made, stack, until_done
+from tests.vm.disks import until_done
+from tests.vm.guest.stacks.registry import Made, stack
 
 
 def scsi_debug(lab: Lab, size: int, sector: int) -> str:
@@ -64,21 +63,9 @@ def brd(lab: Lab, size: int) -> str:
 
 def partition(lab: Lab, disk: str, block: int = SECTOR) -> Made:
     """One of odd edges, as large as the disk allows."""
-    size = size_of(disk) // block * block
+    size = disks.size_of(disk) // block * block
     start = 63 * block
-    run("addpart", disk, "1", str(start // SECTOR), str((size - start - 9 * block) // SECTOR))
-    node = f"{disk}p1" if disk[-1].isdigit() else f"{disk}1"
-    lab.stack.callback(until_done, "delpart", disk, "1")
-    wait_until(lambda: Path(node).exists(), node)
-    return [node, disk]
-
-
-def size_of(path: str) -> int:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return linux.device_size(fd)
-    finally:
-        os.close(fd)
+    return [disks.part(lab, disk, 1, start, size - start - 9 * block), disk]
 
 
 def disk(

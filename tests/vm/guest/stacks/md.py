@@ -7,9 +7,10 @@ from pathlib import Path
 from blktrack.sysfs import SYSFS
 from blktrack.units import MIB
 from tests.blockdev import Lab, run, wait_until
+from tests.vm.disks import until_done
 from tests.vm.guest.stacks.disks import partition
 from tests.vm.guest.stacks.lvm import group
-from tests.vm.guest.stacks.registry import Made, stack, until_done
+from tests.vm.guest.stacks.registry import Made, stack
 
 
 def md(lab: Lab, level: int, members: list[str], *options: str) -> str:

@@ -6,11 +6,10 @@ those of the kernel, so that one machine has no two stacks at the same time.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.blockdev import Lab, run, wait_until
+from tests.blockdev import Lab, run
 
 # The device to be tracked, and others through which it changes: the disk of a partition.
 Made = list[str]
@@ -46,15 +45,3 @@ def stack(
         return make
 
     return register
-
-
-def until_done(*command: str) -> None:
-    """What is refused while a late close or a late request is under way."""
-
-    def met() -> bool:
-        with contextlib.suppress(Exception):
-            run(*command)
-            return True
-        return False
-
-    wait_until(met, " ".join(command))
