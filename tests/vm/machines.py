@@ -10,8 +10,8 @@ from blktrack.units import MIB
 from tests.blockdev import run
 from tests.reached import GUEST
 from tools.vm import kernels
+from tools.vm.disk import Disk
 from tools.vm.initramfs import ROOT_DISK
-from tools.vm.machine import Disk
 
 KERNELS = tuple(kernels.SUITES)
 BRIEF = kernels.BRIEF

@@ -33,7 +33,8 @@ from tests.blockdev import detach, read_image, run, told, wait_until
 from tests.vm.publisher import CASES, END, MARK, Told, parts
 from tests.vm.writelog import FLUSH, Entry, WriteLog, digests
 from tools.vm import kernels, packages
-from tools.vm.machine import Disk, Machine
+from tools.vm.disk import Disk
+from tools.vm.machine import Machine
 
 pytestmark = [
     pytest.mark.needs("root", "loop", "ext4", "xfs", "qemu-system-x86_64", "depmod"),

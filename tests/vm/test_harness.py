@@ -13,7 +13,8 @@ import pytest
 
 from tests.vm.machines import BRIEF, DELIBERATE
 from tools.vm import kernels, packages
-from tools.vm.machine import Disk, Machine, MachineError
+from tools.vm.disk import Disk
+from tools.vm.machine import Machine, MachineError
 
 pytestmark = [
     pytest.mark.needs("root", "qemu-system-x86_64", "depmod"),

@@ -21,7 +21,8 @@ from tests.vm.instants import History, Segment, Trace
 from tests.vm.taker import FILES, RAW, Point
 from tests.vm.writelog import WriteLog, digests
 from tools.vm import kernels, packages
-from tools.vm.machine import Disk, Machine
+from tools.vm.disk import Disk
+from tools.vm.machine import Machine
 
 Digests = NDArray[np.uint64]
 

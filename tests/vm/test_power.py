@@ -24,8 +24,9 @@ from tests.netlab import NetLab
 from tests.vm.machines import KERNELS
 from tests.vm.power import CUT, FAR, REPLICAS, SIZE, SOURCES, Events, Job, look
 from tools.vm import kernels, packages
+from tools.vm.disk import Disk
 from tools.vm.initramfs import SHARE
-from tools.vm.machine import Disk, Machine
+from tools.vm.machine import Machine
 
 pytestmark = [
     pytest.mark.needs("root", "qemu-system-x86_64", "depmod", "ext4", "xfs", "netns", "sshd"),

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 from tools.vm import kernels, packages
-from tools.vm.machine import Disk, Machine
+from tools.vm.disk import Disk
+from tools.vm.machine import Machine
 from tools.vm.packages import FetchError
 
 # The console becomes the terminal of a session of its own, so that Ctrl-C reaches what runs in it.
