@@ -14,7 +14,6 @@ import json
 import mmap
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pytest
 
 from blktrack import bitmap, linux, sync
 from blktrack.bpf import abi, kernel, layout
@@ -40,15 +38,14 @@ from blktrack.tracker.link import LinkSets
 from blktrack.tracker.opening import hold, open_tracking
 from blktrack.tracker.tracking import Tracking
 from blktrack.units import MIB, SECTOR
-from tests.needs import TOOL_PATH, zram
+from tests.needs import TOOL_PATH
 from tests.sectors import Image
+
+if TYPE_CHECKING:
+    import pytest  # an emulated processor takes three seconds to import it
 
 LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81  # linux/loop.h
 TOP = Path(__file__).resolve().parent.parent
-KINDS = ("loop-512", "loop-4096", "partition-512", "partition-4096", "zram")
-every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.needs(*{k} & {"zram"})) for k in KINDS]
-)
 PATIENCE = 30.0  # seconds for what the kernel does behind our back: a deadline, never a pause
 
 
@@ -181,7 +178,7 @@ class Lab:
         return f"/dev/zram{number}"
 
     def device(self, kind: str, size: int) -> list[str]:
-        """One of KINDS. A partition of odd edges is followed by the disk that it is on."""
+        """One of fixtures.KINDS. A partition of odd edges is followed by the disk that it is on."""
         layout, _, sector = kind.partition("-")
         match layout:
             case "zram":
@@ -250,28 +247,12 @@ class Silent:
         self.warnings.append(message)
 
 
-_TOLD: list[str] = []
+TOLD: list[str] = []
 
 
 def told(line: str) -> None:
     """Have a measurement printed at the end of the run."""
-    _TOLD.append(line)
-
-
-def pytest_configure() -> None:
-    """A run that is told to end takes its devices with it.
-
-    What a shell has started with & or nohup ignores signals, and so would all that tests start.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _TOLD:
-        terminalreporter.section("measured")
-        terminalreporter.write_line("\n".join(_TOLD))
+    TOLD.append(line)
 
 
 @contextlib.contextmanager
@@ -286,37 +267,10 @@ def lab_in_memory(patch: pytest.MonkeyPatch) -> Iterator[Lab]:
         yield made
 
 
-@pytest.fixture
-def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """Needs root. An instance of its own, whose programs have yet to be made."""
-    with lab_in_memory(monkeypatch) as made:
-        yield made
-
-
 def written_by_page() -> bool:
     """Whether this kernel may write zram and brd past the block layer."""
     with contextlib.closing(Btf()) as btf:
         return layout.has_rw_page(btf)
-
-
-@pytest.fixture(scope="session")
-def attached() -> Iterator[Lab]:
-    """An instance with a device of each kind tracked, so that its programs stay in the kernel."""
-    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as made:
-        made.track(made.loop(MIB))
-        if not zram():
-            disk = made.zram(MIB)
-            if not written_by_page():  # or it is refused
-                made.track(disk)
-        yield made
-
-
-@pytest.fixture
-def shared(attached: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """A lab of the instance of the session: compiling and verifying the programs takes seconds."""
-    monkeypatch.setenv("BLKTRACK_ROOT", str(attached.folder / "root"))
-    with attached.fresh() as made:
-        yield made
 
 
 def detach(device: str, file: Path) -> None:

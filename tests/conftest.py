@@ -10,7 +10,8 @@ import pytest
 from tests import reached  # before anything that imports blktrack
 from tests.needs import PROBES, Needs
 
-pytest_plugins = ["tests.blockdev", "tests.loopdev", "tests.bench", "tests.netlab", "tests.farside"]
+pytest.register_assert_rewrite("tests.blockdev")
+pytest_plugins = ["tests.fixtures", "tests.loopdev", "tests.bench", "tests.netlab", "tests.farside"]
 
 if reached.GUEST not in os.environ:  # an emulated processor takes ten seconds to import it
     from hypothesis import settings

@@ -16,7 +16,8 @@ from blktrack.bpf.kernel import Kernel
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.tracking import Gap
 from blktrack.units import GIB, KIB, MIB, SECTOR
-from tests.blockdev import Lab, Watch, every_kind, flush, pairs, read_image, told, write_direct
+from tests.blockdev import Lab, Watch, flush, pairs, read_image, told, write_direct
+from tests.fixtures import every_kind
 from tests.uring import discard_at_once
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")

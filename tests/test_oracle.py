@@ -24,7 +24,8 @@ from blktrack.sysfs import BlockDevice
 from blktrack.tracker.link import LinkSets
 from blktrack.units import KIB, MIB, SECTOR
 from tests import sectors
-from tests.blockdev import Lab, every_kind, read_image, write_direct
+from tests.blockdev import Lab, read_image, write_direct
+from tests.fixtures import every_kind
 from tests.oracle import cover, fill, missed, replicate
 
 needs_devices = pytest.mark.needs("root", "loop", "bpf", "fio", "ext4", "xfs")

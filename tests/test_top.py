@@ -31,7 +31,8 @@ from blktrack.tracker import scan, status
 from blktrack.tracker.live import Live
 from blktrack.tracker.opening import hold
 from blktrack.units import KIB, MIB
-from tests.blockdev import TOP, Lab, every_kind, resize, run, wait_until, write_direct
+from tests.blockdev import TOP, Lab, resize, run, wait_until, write_direct
+from tests.fixtures import every_kind
 from tests.tmux import PROMPT, Terminal
 
 pytestmark = pytest.mark.needs("root", "loop", "bpf")
