@@ -96,7 +96,8 @@ def _null_blk(room: Room, held: ExitStack) -> str:
 
 
 def _dm(room: Room, held: ExitStack) -> str:
-    if not Path("/dev/mapper/control").exists():
+    # Its node in /dev may be there before it is, to load it (kmod-static-nodes.service).
+    if "device-mapper" not in Path("/proc/misc").read_text(encoding="ascii").split():
         raise Absent("the kernel has no device-mapper, or it is not loaded (modprobe dm-mod)")
     # Kept by the volume: held by this one as well, it goes with the later of the two.
     below = _node(_loop(room, held))
