@@ -46,6 +46,9 @@ FICLONERANGE = _ioc(_IOC_WRITE, 0x94, 13, _CLONE_RANGE.size)
 FIFREEZE = _ioc(_IOC_READ | _IOC_WRITE, ord("X"), 119, ctypes.sizeof(ctypes.c_int))
 FITHAW = _ioc(_IOC_READ | _IOC_WRITE, ord("X"), 120, ctypes.sizeof(ctypes.c_int))
 
+# linux/dm-ioctl.h; its size is that of struct dm_ioctl
+DM_TABLE_STATUS = _ioc(_IOC_READ | _IOC_WRITE, 0xFD, 12, 312)
+
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02

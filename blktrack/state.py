@@ -7,7 +7,7 @@
     LIB/probe.json                         what kernels were found to show, see probe/verdict.py
     RUN/kernel.lock                        held while programs and slots change
     RUN/devices/ID/lock                    held while maps are swapped and merged, never for long
-    RUN/devices/ID/epoch.json              epoch, is the retired map clear, misses accounted for
+    RUN/devices/ID/epoch.json              epoch, table, is the retired map clear, misses known
     RUN/devices/ID/settling                submitted granules whose completion may still be ahead
     RUN/devices/ID/links/LINK/pending      granules that changed since the link's last drain
     RUN/devices/ID/links/LINK/shipping     granules that the sync under way has to ship
@@ -132,6 +132,7 @@ class Rest:
     written: int  # fingerprint.sectors_written
     places: list[list[int]]
     fingerprint: str
+    table: list[str] | None = None  # as Epoch
 
 
 @dataclass
@@ -179,6 +180,7 @@ class Epoch:
     submit_unsure: bool = False  # the epoch before missed submissions
     # What is accounted for (account.py), by slot: bytes of unbegun and unended changes.
     accounts: dict[str, list[int]] = field(default_factory=dict)
+    table: list[str] | None = None  # of its device-mapper disk (mapper.py); None: not known yet
 
 
 class Store:

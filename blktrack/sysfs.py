@@ -124,6 +124,11 @@ class BlockDevice:
         return sum(int(word) for word in (_text(self.disk.sys / "inflight") or "0").split())
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether its disk is one of device-mapper's."""
+        return (self.disk.sys / "dm").is_dir()
+
+    @property
     def suspended(self) -> bool:
         """Whether device-mapper holds back what is submitted to it; `in_flight` leaves that out."""
         return _number(self.disk.sys / "dm/suspended") == 1

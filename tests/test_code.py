@@ -38,6 +38,7 @@ FLOORS = {
     "bitfile": 2,
     "device": 2,
     "fingerprint": 2,
+    "mapper": 2,
     "state": 2,
     "uevents": 2,
     "use": 2,

@@ -8,7 +8,7 @@ from blktrack.bpf import abi, layout, libbpf
 from blktrack.bpf.programs import BY_KIND, Program
 from blktrack.tracker.tracking import Gap
 from blktrack.units import KIB, MIB
-from tests.blockdev import Lab, read_image, write_direct
+from tests.blockdev import Lab, pairs, read_image, write_direct
 from tests.oracle import fill, missed
 from tests.test_oracle import change_everywhere
 from tests.test_probes import Pair
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.needs("root", "bpf", "zram")
 
 QUEUE, COMPLETE = BY_KIND[abi.KIND_BIO]
 COPIES = 3
+TRIES, ENOUGH = 300, 3  # a bio on the stack of a task has one of some dozens of addresses
 # What the kernel's skipping a program comes to: r0 = 0; exit.
 NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
 
@@ -87,6 +88,26 @@ def test_each_change_counts_once(lab: Lab) -> None:
     assert after["written"] - before["written"] == 5 * 4 * KIB
     for loss in ("late", "unbegun"):
         assert after[loss] == before[loss]
+
+
+@pytest.mark.usefixtures("copies")
+def test_one_just_like_one_that_was_not_seen_to_end(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds itself remembered, and began in this epoch all the same."""
+    leave(monkeypatch, {COMPLETE: 0})
+    device = lab.zram(16 * MIB)
+    watch, alike, remembered = lab.track(device), 0, 0
+    for _ in range(TRIES):
+        write_direct(device, MIB, bytes(4 * KIB))
+        assert pairs(watch.look().submitted) == [(MIB, 4 * KIB)]
+        with watch.open() as tracking:
+            assert tracking.kernel
+            now = len(tracking.kernel.in_flight(tracking.window.disk))
+        alike, remembered = alike + (now == remembered), now
+        if alike == ENOUGH:
+            return
+    raise AssertionError(f"{alike} of {TRIES} bios had the address of one before")
 
 
 @pytest.mark.usefixtures("copies")

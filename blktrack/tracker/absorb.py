@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blktrack import bitmap, crash
+from blktrack import bitmap, crash, mapper
 from blktrack.bitfile import BitFile
 from blktrack.bitmap import Indices
 from blktrack.bpf import abi
@@ -37,10 +37,14 @@ def absorb(device: Tracking) -> str | None:
     idle = device.device.disk.in_flight == 0
     submit, complete = device.program_pair()
     known, now = account.known(epoch, slot), device.counts()
+    # After the swap: another table by now may have come before it, one that comes later is found by
+    # whoever looks next.
+    table = mapper.table(device.device)
     if reason := (
         doubt.of_counters(device.kernel.stats(slot), growing=device.grown)
         or doubt.of_misses(epoch, submit, complete, bio=device.bio)
         or doubt.of_account(known, now)
+        or doubt.of_table(epoch.table, table)
     ):
         return reason
     found = retired.nonzero()
@@ -75,6 +79,7 @@ def absorb(device: Tracking) -> str | None:
     crash.point("drain-cleared")
     unsure = epoch.submit_unsure and not settled
     epoch.submit_unsure = unsure or submit.missed_since(epoch.submit_skipped) > 0
+    epoch.table = table
     return None
 
 

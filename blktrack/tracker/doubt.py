@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from blktrack import mapper
 from blktrack.bpf.kernel import Kernel
 from blktrack.bpf.programs import Program
 from blktrack.state import DeviceState, Epoch
@@ -59,6 +60,13 @@ def of_window(state: DeviceState, kernel: Kernel, maps: set[int]) -> str | None:
     if maps != set(state.maps):
         return "the dirty maps were replaced"
     return None
+
+
+def of_table(before: list[str] | None, now: list[str]) -> str | None:
+    """Does the device map to what it did? No write to it tells of data that come with a table."""
+    if before is None or mapper.goes_on(before, now):
+        return None
+    return "device-mapper has another table for it, which may have brought other data"
 
 
 def of_counters(stats: dict[str, int], *, growing: bool = False) -> str | None:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 
-from blktrack import bitmap, crash, durable
+from blktrack import bitmap, crash, durable, mapper
 from blktrack.bitfile import BitFile
 from blktrack.bpf import abi, layout
 from blktrack.bpf.btf import Btf
@@ -115,6 +115,7 @@ def occupy(
 ) -> None:
     """Attach programs and give the device a slot with empty maps, noted in `state` and `epoch`."""
     check_memory(device, window.geometry)
+    epoch.table = mapper.table(device)  # before anything of it is read
     if bypasses_bios(device):
         _refuse_rw_page(device)
     observer.phase(f"attaching the tracking programs to {device.path}", 0)

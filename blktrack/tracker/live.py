@@ -6,8 +6,9 @@ set in a new home before they leave the old one (scan.py), counters only grow wi
 and a device whose tracking begins, grows or ends has its maps in place before its record names
 them. What this can meet in the middle of a change is kernel maps that the record read before does
 not fit: the record is then read again, and only if it is still the same is it a doubt. It is shown;
-the next command that takes the lock finds it as well and records it. The one check left out is that
-of the kernel's count of sectors, which takes hundreds of readings: drains make it.
+the next command that takes the lock finds it as well and records it. Two checks are left to
+drains: that of the kernel's count of sectors, which takes hundreds of readings, and that of the
+table of a device-mapper device.
 
 Its cost does not follow the size of the devices: maps and sets are searched only when something
 changed, and so seldom that the searches of all devices take `SCANNING` of a CPU.

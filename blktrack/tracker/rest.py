@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blktrack import bitmap, crash, durable, fingerprint
+from blktrack import bitmap, crash, durable, fingerprint, mapper
 from blktrack.bitfile import BitFile
 from blktrack.bitmap import Words
 from blktrack.state import DeviceState, Epoch, Rest, Store
@@ -47,6 +47,7 @@ def put_to_rest(tracking: Tracking) -> None:
             written=written,
             places=places,
             fingerprint=fingerprint.take(fd, places),
+            table=tracking.epoch.table,
         )
         for path in store.link_files(state.id, "pending"):
             _keep(store, state.id, path.parent, tracking.words)
@@ -79,7 +80,7 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
             generation.occupy(store, state, device, window, epoch)
             store.save_epoch(state.id, epoch)
             crash.point("start-attached")
-            if reason := _changed(device, rest, fd):
+            if reason := _changed(device, rest, fd) or _remapped(rest, epoch.table):
                 raise Gap(reason)
             state.resting, state.diskseq = False, device.diskseq
             if not _is_at(state.path, device):  # it may be another disk's by now
@@ -124,6 +125,14 @@ def _changed(device: BlockDevice, rest: Rest, fd: int) -> str:
     except OSError as error:
         return f"it could not be read ({error.strerror or error})"
     return ""
+
+
+def _remapped(rest: Rest, table: list[str] | None) -> str:
+    """What tells of another table under it; "" if nothing does."""
+    goes_on = mapper.goes_on if rest.boot_id == boot_id() else mapper.is_alike
+    if rest.table is None or table is None or goes_on(rest.table, table):
+        return ""
+    return "it had another device-mapper table"
 
 
 def _is_at(path: str, device: BlockDevice) -> bool:

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from blktrack import crash
+from blktrack import crash, mapper
 from blktrack.bitmap import Words
 from blktrack.bpf import abi
 from blktrack.bpf.kernel import Detached, Kernel
@@ -63,6 +63,9 @@ class Tracking:
                 reason = self._open() or self._lost(epoch)
             except Detached as error:
                 reason = str(error)
+            except BlktrackError:
+                self.close()
+                raise
         if reason is not None:
             self.close()
             self._end(reason)
@@ -91,12 +94,14 @@ class Tracking:
         return doubt.of_window(self.state, self.kernel, {self.active.id, self.retired.id})
 
     def _lost(self, epoch: Epoch | None) -> str | None:
-        """What the programs or the kernel have counted as lost by now."""
+        """What went unseen by now, as far as it is told without a swap."""
         assert self.kernel and epoch
         submit, complete = (self.programs[name] for name in BY_KIND[self.window.kind])
-        return doubt.of_counters(
-            self.kernel.stats(self.state.slot), growing=self.grown
-        ) or doubt.of_misses(epoch, submit, complete, bio=self.bio)
+        return (
+            doubt.of_counters(self.kernel.stats(self.state.slot), growing=self.grown)
+            or doubt.of_misses(epoch, submit, complete, bio=self.bio)
+            or doubt.of_table(epoch.table, mapper.table(self.device))
+        )
 
     @property
     def words(self) -> int:

@@ -27,6 +27,7 @@ from tests.sectors import Image
 from tests.vm.guest.stacks.lvm import logical
 from tests.vm.guest.volume import Volume, delays
 from tests.vm.guest.writers import BLOCK, Writers
+from tests.workload import next_sequence
 
 pytestmark = [
     pytest.mark.needs("root", "bpf", "dmsetup"),
@@ -240,7 +241,8 @@ def test_a_sync_of_a_suspended_device_waits(shared: Lab, option: str, when: str)
 
 
 def test_another_table_under_load(shared: Lab) -> None:
-    """Another lower device with the same data, then a target of another kind: still the device."""
+    """Another lower device, then a target of another kind: the data are the same, which nobody
+    can know, so each is one resync."""
     lower, other = shared.loop(SIZE), shared.loop(SIZE)
     volume = Volume(shared, lower, SIZE)
     source = Source(shared, volume.path)
@@ -259,12 +261,58 @@ def test_another_table_under_load(shared: Lab) -> None:
     with writers.running():
         for change in (move, slow):
             writers.more(writers.threads)
-            source.point(writers, Meanwhile("incremental", change))
+            remapped(source.point(writers, Meanwhile("incremental", change))[0])
             writers.more(writers.threads)
-            source.point(writers)
+            assert source.point(writers)[0].mode == "incremental"
     assert not BlockDevice.find(lower).holders
     assert BlockDevice.find(other).holders == [volume.device.name]
-    source.check()
+    assert crash(shared, volume.path, source.replica).mode == "incremental"
+    identical(read_image(volume.path), source.replica)
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_table_with_other_data(shared: Lab, when: str) -> None:
+    """No write to the device tells of them. It comes before a sync, or after the swap of one."""
+    other = shared.loop(SIZE)
+    volume = Volume(shared, shared.loop(SIZE), SIZE)
+    source = Source(shared, volume.path)
+    write_direct(other, 0, sectors.make(0, SIZE, next_sequence()))
+
+    def change() -> None:
+        volume.load("linear", f"{other} 0")
+        volume.resume()
+
+    write_direct(volume.path, MIB, sectors.make(MIB, BLOCK, next_sequence()))
+    if when == "before":
+        change()
+        report = crash(shared, volume.path, source.replica)
+    else:
+        report = crash(shared, volume.path, source.replica, Meanwhile("incremental", change))
+    identical(read_image(volume.path), source.replica)
+    remapped(report)
+    write_direct(volume.path, MIB, sectors.make(MIB, BLOCK, next_sequence()))
+    assert crash(shared, volume.path, source.replica).mode == "incremental"
+    identical(read_image(volume.path), source.replica)
+
+
+def test_a_table_that_came_while_it_was_stopped(shared: Lab) -> None:
+    """With data that are the same where a fingerprint looks, here all of them."""
+    other = shared.loop(SIZE)
+    volume = Volume(shared, shared.loop(SIZE), SIZE)
+    source = Source(shared, volume.path)
+    fill(other)
+    for arguments, mode in ((f"{volume.lower} 0", "nothing"), (f"{other} 0", "resync")):
+        assert shared.blktrack("stop", volume.path).code == 0
+        volume.load("linear", arguments)
+        volume.resume()
+        report = crash(shared, volume.path, source.replica)
+        assert report.mode == mode, report
+    assert "it had another device-mapper table" in report.reason
+
+
+def remapped(report: SyncReport) -> None:
+    assert report.mode == "resync"
+    assert "device-mapper has another table for it" in report.reason
 
 
 def logical_volume(lab: Lab) -> tuple[str, str]:
