@@ -51,6 +51,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that have machines of their own come first: those of the guests' run beside them."""
+    if not any(kernel_of(item) for item in items if not is_guests(item)):
+        return
     places = [place for place, item in enumerate(items) if GUEST.parent in item.path.parents]
     ordered = sorted((items[place] for place in places), key=is_guests)
     for place, item in zip(places, ordered, strict=True):
