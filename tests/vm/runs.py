@@ -82,6 +82,8 @@ class Run:
                 return
             start = time.monotonic()
             machine.start(self._script(), self._environment())
+            if self._stopped.is_set():  # before there was what `stop` kills
+                return
             machine.until("ready", self._layout.limit)
             ready = time.monotonic()
             machine.wait(self._layout.limit)
@@ -188,9 +190,11 @@ class Runs:
                 end.result(timeout=0.2)
 
     def close(self) -> None:
+        for end in self._ends.values():
+            end.cancel()
         self._alone.set()
         for key, end in self._ends.items():
-            if not end.cancel() and not end.done() and not self._runs[key].through():
+            if not end.done() and not self._runs[key].through():
                 self._runs[key].stop()
         self._pool.shutdown()
         for run in self._runs.values():
