@@ -174,9 +174,9 @@ class Epoch:
     generation: str
     number: int = 0
     clear: bool = True  # the retired map holds nothing
-    # Runs that the kernel skipped of each copy of the programs, as far as they are accounted for.
-    submit_skipped: list[int] = field(default_factory=list)
-    complete_skipped: list[int] = field(default_factory=list)
+    # Events that the programs were not run for, as far as they are accounted for.
+    submit_missed: int = 0
+    complete_missed: int = 0
     submit_unsure: bool = False  # the epoch before missed submissions
     # What is accounted for (account.py), by slot: bytes of unbegun and unended changes.
     accounts: dict[str, list[int]] = field(default_factory=dict)

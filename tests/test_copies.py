@@ -1,45 +1,61 @@
-"""Copies of the bio programs: what one was not run for another sees, and all counts once."""
+"""Copies of the programs: what one was not run for another sees, and all counts once."""
 
 from __future__ import annotations
+
+import ctypes as ct
+import errno
+import itertools
+import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from blktrack.bpf import abi, layout, libbpf
+from blktrack.bpf.kernel import Kernel
 from blktrack.bpf.programs import BY_KIND, Program
+from blktrack.tracker import tracking
 from blktrack.tracker.tracking import Gap
 from blktrack.units import KIB, MIB
-from tests.blockdev import Lab, pairs, read_image, write_direct
+from tests.blockdev import Lab, pairs, read_image, wait_until, write_direct
 from tests.oracle import fill, missed
 from tests.test_oracle import change_everywhere
 from tests.test_probes import Pair
 
-pytestmark = pytest.mark.needs("root", "bpf", "zram")
+pytestmark = pytest.mark.needs("root", "bpf", "loop", "zram")
 
-QUEUE, COMPLETE = BY_KIND[abi.KIND_BIO]
-COPIES = 3
+KINDS = {"loop": abi.KIND_REQUEST, "zram": abi.KIND_BIO}
+BIO_QUEUE, BIO_COMPLETE = BY_KIND[abi.KIND_BIO]
 TRIES, ENOUGH = 300, 3  # a bio on the stack of a task has one of some dozens of addresses
 # What the kernel's skipping a program comes to: r0 = 0; exit.
 NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a kernel whose tracepoints can be preempted, whatever this one is."""
-    monkeypatch.setattr(layout, "copies", lambda btf: COPIES)
+    monkeypatch.setattr(layout, "preemptible", lambda btf: True)
 
 
-def leave(monkeypatch: pytest.MonkeyPatch, awake: dict[str, int]) -> None:
-    """Of these programs only the copy of that number does anything."""
-    load, seen = libbpf.load_program, dict.fromkeys(awake, 0)
+def leave(monkeypatch: pytest.MonkeyPatch, awake: dict[str, set[int]]) -> None:
+    """Of these programs only the copies of those numbers do anything, from 1 on."""
+    load = libbpf.load_program
+    texts = {text: name for name in awake for text in (name, *layout.COPIES.get(name, ()))}
+    seen = dict.fromkeys(awake, 0)
 
     def loaded(name: str, code: bytes, target: int) -> int:
-        if name in awake:
-            seen[name] += 1
-            if seen[name] != awake[name]:
+        if program := texts.get(name):
+            seen[program] += 1
+            if seen[program] not in awake[program]:
                 code = NOTHING
         return load(name, code, target)
 
     monkeypatch.setattr(libbpf, "load_program", loaded)
+
+
+def device_of(lab: Lab, kind: str) -> str:
+    return lab.zram(64 * MIB) if kind == "zram" else lab.loop(64 * MIB)
 
 
 def changes(lab: Lab, device: str, seed: int) -> int:
@@ -54,28 +70,88 @@ def changes(lab: Lab, device: str, seed: int) -> int:
     return len(missed(before, read_image(device), look.drained))
 
 
-@pytest.mark.parametrize("queue", [1, 2, 3])
-@pytest.mark.parametrize("complete", [1, 3])
-@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize(
+    ("kind", "awake"),
+    [(kind, (begin, 1)) for kind in KINDS for begin in (1, 2, 3)]
+    + [("zram", (1, 3)), ("zram", (3, 2))],
+)
 def test_any_one_copy_is_enough(
-    lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch, queue: int, complete: int
+    lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch, kind: str, awake: tuple[int, int]
 ) -> None:
-    leave(monkeypatch, {QUEUE: queue, COMPLETE: complete})
-    assert changes(lab, lab.zram(64 * MIB), seed) == 0
+    programs = zip(BY_KIND[KINDS[kind]], awake, strict=True)
+    leave(monkeypatch, {name: {copy} for name, copy in programs})
+    assert changes(lab, device_of(lab, kind), seed) == 0
 
 
-@pytest.mark.usefixtures("copies")
 def test_without_all_copies_it_is_a_doubt(
     lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave(monkeypatch, {QUEUE: 0})
+    leave(monkeypatch, {BIO_QUEUE: set()})
     with pytest.raises(Gap, match="not seen to begin"):
         changes(lab, lab.zram(64 * MIB), seed)
 
 
-@pytest.mark.usefixtures("copies")
-def test_each_change_counts_once(lab: Lab) -> None:
-    device = lab.zram(64 * MIB)
+SOME = [set(some) for size in range(4) for some in itertools.combinations((1, 2, 3), size)]
+
+
+# The requests of flushes are not seen to end: those that the last did not forget stay seen.
+@pytest.mark.parametrize(
+    ("kind", "awake"),
+    [
+        (kind, some)
+        for kind in KINDS
+        for some in SOME
+        if kind == "zram" or some not in ({2}, {1, 2})
+    ],
+    ids=str,
+)
+def test_what_the_first_does_not_see_is_caught(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, kind: str, awake: set[int]
+) -> None:
+    """Each event counts once, however many copies see it, whatever device of the host it is of."""
+    begins, _ = BY_KIND[KINDS[kind]]
+    leave(monkeypatch, {begins: awake})
+    device = device_of(lab, kind)
+    lab.track(device)
+    stats = libbpf.enable_stats()
+    try:
+        with Kernel(lab.store.paths.pins) as kernel:
+
+            def tally() -> tuple[int, int]:
+                """Runs of the first, which are those that it would have skipped; and caught."""
+                runs = kernel.programs(KINDS[kind])[begins].runs
+                return runs, kernel.caught(KINDS[kind])
+
+            runs, caught = tally()
+            for number in range(50):
+                write_direct(device, number % 5 * MIB, os.urandom(4 * KIB))
+
+            def agreed() -> bool:
+                now = tally()
+                assert now[0] - runs >= 50
+                if not awake or 1 in awake:
+                    return now[1] == caught
+                return now[1] - caught == now[0] - runs
+
+            wait_until(agreed, what=f"what was caught to be told: {runs, caught}, now {tally()}")
+    finally:
+        os.close(stats)
+
+
+def test_what_the_last_does_not_see_is_forgotten(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(monkeypatch, {BIO_QUEUE: {1, 2}})
+    device = lab.zram(16 * MIB)
+    lab.track(device)
+    for number in range(50):
+        write_direct(device, number % 5 * MIB, bytes(4 * KIB))
+    with Kernel(lab.store.paths.pins) as kernel:
+        seen = kernel.maps["seen"]
+        wait_until(lambda: not libbpf.values(seen, 8, 4), what="ended bios to be forgotten")
+
+
+@kinds
+def test_each_change_counts_once(lab: Lab, kind: str) -> None:
+    device = device_of(lab, kind)
     watch = lab.track(device)
     with watch.open() as tracking:
         before = tracking.counters()
@@ -85,17 +161,17 @@ def test_each_change_counts_once(lab: Lab) -> None:
         assert tracking.kernel
         assert not len(tracking.kernel.in_flight(tracking.window.disk))
     assert after["writes"] - before["writes"] == 5
-    assert after["written"] - before["written"] == 5 * 4 * KIB
+    for count in ("begun", "ended", "written"):
+        assert after[count] - before[count] == 5 * 4 * KIB
     for loss in ("late", "unbegun"):
         assert after[loss] == before[loss]
 
 
-@pytest.mark.usefixtures("copies")
 def test_one_just_like_one_that_was_not_seen_to_end(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It finds itself remembered, and began in this epoch all the same."""
-    leave(monkeypatch, {COMPLETE: 0})
+    leave(monkeypatch, {BIO_COMPLETE: set()})
     device = lab.zram(16 * MIB)
     watch, alike, remembered = lab.track(device), 0, 0
     for _ in range(TRIES):
@@ -110,36 +186,113 @@ def test_one_just_like_one_that_was_not_seen_to_end(
     raise AssertionError(f"{alike} of {TRIES} bios had the address of one before")
 
 
-@pytest.mark.usefixtures("copies")
 def test_copies_come_and_go_with_their_program(lab: Lab) -> None:
-    device = lab.zram(16 * MIB)
+    device, loop = lab.zram(16 * MIB), lab.loop(16 * MIB)
     lab.track(device)
-    pins = lab.store.paths.pins
-    named = {path.name for path in pins.glob("*/link_*")}
-    assert named == {
-        f"link_{name}{copy}" for name in BY_KIND[abi.KIND_BIO] for copy in ("", "_2", "_3")
-    }
-    loop = lab.loop(16 * MIB)
     lab.track(loop)
-    lab.untrack(device)
-    assert {path.name for path in pins.glob("*/link_*")} == {
-        f"link_{name}" for name in BY_KIND[abi.KIND_REQUEST]
+    pins = lab.store.paths.pins
+    copies = {
+        name: 1 + len(layout.COPIES.get(name, ())) for both in BY_KIND.values() for name in both
     }
+    assert copies == {"blk_rq_issue": 3, "blk_rq_complete": 1, BIO_QUEUE: 3, BIO_COMPLETE: 3}
+
+    def named(*kinds: int) -> set[str]:
+        names = (name for kind in kinds for name in BY_KIND[kind])
+        return {f"link_{name}{c}" for name in names for c in ("", "_2", "_3")[: copies[name]]}
+
+    assert {path.name for path in pins.glob("*/link_*")} == named(*KINDS.values())
+    lab.untrack(device)
+    assert {path.name for path in pins.glob("*/link_*")} == named(abi.KIND_REQUEST)
 
 
-@pytest.mark.usefixtures("copies")
-def test_a_copy_that_is_gone_is_a_doubt(lab: Lab) -> None:
-    pair = Pair(lab, "zram")
-    (pin,) = lab.store.paths.pins.glob(f"*/link_{QUEUE}_3")
+@kinds
+def test_a_copy_that_is_gone_is_a_doubt(lab: Lab, kind: str) -> None:
+    pair = Pair(lab, "loop-512" if kind == "loop" else kind)
+    begins, _ = BY_KIND[KINDS[kind]]
+    (pin,) = lab.store.paths.pins.glob(f"*/link_{begins}_3")
     pin.unlink()
-    pair.is_resynced_once(f"program {QUEUE} was detached and attached anew")
+    pair.is_resynced_once(f"program {begins} was detached and attached anew")
+
+
+@pytest.mark.parametrize("looks", [3, 1 << 30], ids=["late", "never"])
+def test_a_doubt_is_only_what_stays_missed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """A task may be kept from the copy that catches what the first was not run for."""
+    pair, look, caught = Pair(lab, "zram"), itertools.count(), Kernel.caught
+    pair.write(MIB)
+    monkeypatch.setattr(tracking, "_CATCHING", 0.02 if looks > 3 else 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "caught", lambda *a: caught(*a) - (next(look) < looks))
+        done = lab.sync(pair.device, pair.replica)
+    assert next(look) > 3
+    if looks == 3:
+        assert done.mode == "incremental", done.reason
+    else:
+        assert "skipped 1 runs of the program that sees writes begin" in done.reason
+    pair.is_identical()
 
 
 @pytest.mark.parametrize(
-    ("counts", "most"),
-    [((0, 0, 0), 0), ((5, 0, 2), 0), ((5, 1, 2), 1)],
+    ("skipped", "caught", "missed"),
+    [((0, 0, 0), 0, 0), ((5, 0, 2), 5, 0), ((5, 1, 2), 4, 1), ((5, 1, 2), None, 1), ((7,), 0, 7)],
 )
-def test_what_all_copies_skipped(counts: tuple[int, ...], most: int) -> None:
-    before = (3, 8, 1)
-    now = tuple(a + b for a, b in zip(before, counts, strict=True))
-    assert Program((1, 2, 3), now, 0, 0).missed_since(before) == most
+def test_what_all_copies_missed(
+    monkeypatch: pytest.MonkeyPatch, skipped: tuple[int, ...], caught: int | None, missed: int
+) -> None:
+    def info(fd: int, kind: type[libbpf.ProgramInfo]) -> libbpf.ProgramInfo:
+        return kind(recursion_misses=skipped[fd])
+
+    monkeypatch.setattr(libbpf, "info", info)
+    count = None if caught is None else lambda: caught
+    program = Program.look(range(len(skipped)), range(len(skipped)), count)
+    assert program.missed == missed
+
+
+@kinds
+def test_a_probe_that_was_off_is_a_doubt(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Copies caught more than was ever skipped: what they did not see nobody counted."""
+    pair, programs = Pair(lab, "loop-512" if kind == "loop" else kind), Kernel.programs
+    begins, _ = BY_KIND[KINDS[kind]]
+    monkeypatch.setattr(tracking, "_CATCHING", 0.02)
+
+    def off(self: Kernel, of: int) -> dict[str, Program]:
+        found = programs(self, of)
+        return {**found, begins: replace(found[begins], missed=-3, probe=True)}
+
+    pair.write(MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "programs", off)
+        done = lab.sync(pair.device, pair.replica)
+    assert (done.mode, "3 changes were seen to begin while the probe" in done.reason) == (
+        "resync",
+        True,
+    ), done.reason
+    pair.is_identical()
+
+
+def test_without_probes_copies_are_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernel is locked down: it loads them and refuses to attach them."""
+    info, asked = libbpf.info, list[str]()
+
+    def refuse(program: int, function: str) -> int:
+        asked.append(function)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def described(fd: int, kind: type[ct.Structure]) -> Any:
+        """The program that sees bios begin is a probe, until it is refused as one."""
+        told = info(fd, kind)
+        if kind is libbpf.ProgramInfo and told.name == BIO_QUEUE.encode()[:15] and not asked:
+            told.type = libbpf.PROG_TYPE_KPROBE
+        return told
+
+    monkeypatch.setattr(libbpf, "attach_probe", refuse)
+    monkeypatch.setattr(libbpf, "info", described)
+    device = lab.zram(16 * MIB)
+    lab.track(device)
+    with Kernel(lab.store.paths.pins) as kernel:
+        program = kernel.programs(abi.KIND_BIO)[BIO_QUEUE]
+    assert (len(program.links), program.probe) == (3, False)
+    assert asked == ["__traceiter_block_bio_queue"]

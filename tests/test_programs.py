@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blktrack.bpf import abi, install, kernel, layout, libbpf
+from blktrack.bpf import abi, install, kernel, layout, libbpf, load
 from blktrack.bpf.programs import BY_KIND
 from blktrack.config import Paths
 
@@ -23,7 +23,7 @@ def verified() -> Iterator[dict[str, int]]:
     maps = install.make_maps()
     programs: dict[str, int] = {}
     try:
-        programs = install.load(layout.PROGRAMS, maps)
+        programs = load.load(layout.PROGRAMS, maps)
         yield {
             name: libbpf.info(fd, libbpf.ProgramInfo).verified_insns
             for name, fd in programs.items()

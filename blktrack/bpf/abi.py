@@ -10,12 +10,14 @@ import numpy as np
 
 SLOTS = 64  # tracked devices at once
 LEVELS = 4  # radix-64 levels of a plane, see `track.h`
-MAPS = ("windows", "planes", "stats", "inflight")  # the shared ones; programs number them so
+# The shared ones; programs number them so.
+MAPS = ("windows", "planes", "stats", "inflight", "seen", "caught")
 INFLIGHT = 65536  # bios of bio-based devices between queue and completion
+SEEN = 16384  # changes that begin just now, between the first copy of a program and the last
 MAX_RANGES = 256  # (discard range, slot) pairs of one request; more would be too much to verify
 MAX_SPLITS = 4  # times that a bio is split and its part split again
 
-# Which events show a device's changes.
+# Which events show a device's changes. `caught` has a u64 for each, `seen` a u32 for each address.
 KIND_REQUEST, KIND_BIO = 0, 1
 
 # Planes of one inner map, in this order.

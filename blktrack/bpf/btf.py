@@ -16,7 +16,7 @@ from blktrack.bpf.libbpf import library
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
 # BTF_KIND_*
-_PTR, _STRUCT, _UNION, _ENUM, _TYPEDEF, _PROTO = 2, 4, 5, 6, 8, 13
+_PTR, _STRUCT, _UNION, _ENUM, _TYPEDEF, _FUNC, _PROTO = 2, 4, 5, 6, 8, 12, 13
 _QUALIFIERS = {_TYPEDEF, 9, 10, 11, 18}  # VOLATILE, CONST, RESTRICT, TYPE_TAG
 
 
@@ -65,6 +65,14 @@ class Btf:
     def tracepoint(self, name: str) -> int:
         """BTF id to attach a typed raw tracepoint program to."""
         return self.find(f"btf_trace_{name}", _TYPEDEF)
+
+    def struct(self, name: str) -> int:
+        """BTF id of a struct."""
+        return self.find(name, _STRUCT)
+
+    def function(self, name: str) -> int:
+        """BTF id by which a program may call a function of the kernel."""
+        return self.find(name, _FUNC)
 
     def has(self, struct: str, path: str) -> bool:
         try:

@@ -23,20 +23,29 @@ _HEADERS = _HERE / "headers"  # stands in for the kernel headers that bcc looks 
 _INSTRUCTION = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "<i2"), ("imm", "<i4")])
 _LOAD = 0x18  # BPF_LD | BPF_IMM | BPF_DW: of 64 bits, in two instructions
 _OF_MAP = (1, 2)  # BPF_PSEUDO_MAP_FD, BPF_PSEUDO_MAP_VALUE: what a source register then stands for
+_CALL, _OF_KERNEL = 0x85, 2  # BPF_JMP | BPF_CALL; BPF_PSEUDO_KFUNC_CALL, of a function by BTF id
+_CAST = 1 << 24  # in the text, bpf_rdonly_cast: no helper has such a number
 
 
 def source(facts: Mapping[str, int | str]) -> str:
     """The program text: shared structs, kernel facts, a number for each of MAPS, `track.c`."""
+    facts = {**facts, "CAST": _CAST}
     defines = "".join(f"#define {name} {value}\n" for name, value in facts.items())
     defines += "".join(f"#define MAP_{name.upper()} {n}\n" for n, name in enumerate(abi.MAPS))
     return f"{abi.c_header()}{defines}{(_HERE / 'track.c').read_text()}"
 
 
-def linked(code: bytes, maps: Mapping[str, int]) -> bytes:
-    """Instructions with the descriptors of `maps`, by name, for the numbers of `source`."""
+def linked(code: bytes, maps: Mapping[str, int], cast: int = 0) -> bytes:
+    """Instructions with what this kernel has for the numbers of `source`.
+
+    maps -- descriptors by name; cast -- the BTF id of bpf_rdonly_cast, where probes need it
+    """
     made = np.frombuffer(code, dtype=_INSTRUCTION).copy()
     named = (made["code"] == _LOAD) & np.isin(made["registers"] >> 4, _OF_MAP)
     made["imm"][named] = np.array([maps[name] for name in abi.MAPS])[made["imm"][named]]
+    called = (made["code"] == _CALL) & (made["imm"] == _CAST)
+    made["registers"][called] = _OF_KERNEL << 4
+    made["imm"][called] = cast
     return made.tobytes()
 
 

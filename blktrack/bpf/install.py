@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from blktrack import sysfs
 from blktrack.bpf import abi, layout, libbpf
-from blktrack.bpf.btf import Btf
-from blktrack.bpf.compile import compile_programs, fingerprint, linked, source
+from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.kernel import Detached, Kernel, create_inner, remove
+from blktrack.bpf.load import attached, load
 from blktrack.bpf.planes import Geometry
-from blktrack.bpf.programs import BY_KIND, copies_of
+from blktrack.bpf.programs import BY_KIND
 from blktrack.errors import BlktrackError
 
 
@@ -53,18 +52,14 @@ def drop_unused(root: Path) -> None:
 
 
 def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None:
-    """Load all, then attach completions first: what is seen to begin is then seen to end.
+    """Attach completions first: what is seen to begin is then seen to end.
 
-    Programs run in the order in which they are attached, so that copies come last
-    (kernel/tracepoint.c, func_add). They are pinned first: with what they are copies of, all are
-    there.
+    Programs run in the order in which they are attached (kernel/tracepoint.c, func_add), so that
+    copies come last. They are pinned first: with what they are copies of, all are there.
     """
     links: dict[str, int] = {}
-    programs: dict[str, int] = {}
     try:
-        programs = load(names[::-1], maps)
-        for name, program in programs.items():
-            links[name] = libbpf.attach(program)
+        links = attached(names[::-1], maps)
         for name, link in reversed(links.items()):
             path = pins / f"link_{name}"
             path.unlink(missing_ok=True)
@@ -75,34 +70,8 @@ def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None
             hint="run blktrack doctor",
         ) from error
     finally:
-        for fd in (*links.values(), *programs.values()):
+        for fd in links.values():
             os.close(fd)
-
-
-def load(names: Iterable[str], maps: Mapping[str, int]) -> dict[str, int]:
-    """Compile and load programs for the running kernel, with copies: descriptors by name."""
-    btf = Btf()
-    loaded: dict[str, int] = {}
-    try:
-        compiled = compile_programs(source(layout.constants(btf)))
-        code = {name: linked(each, maps) for name, each in compiled.items()}
-        for name in names:
-            target = btf.tracepoint(layout.PROGRAMS[name])
-            count = layout.copies(btf) if name in BY_KIND[abi.KIND_BIO] else 1
-            first, *others = itertools.islice(copies_of(name), count)
-            loaded[first] = libbpf.load_program(name, code[name], target)
-            again = code[layout.AGAIN.get(name, name)]
-            for copy in others:
-                loaded[copy] = libbpf.load_program(name, again, target)
-    except (OSError, ValueError) as error:
-        for fd in loaded.values():
-            os.close(fd)
-        raise BlktrackError(
-            f"the kernel refused a tracking program: {error}", hint="run blktrack doctor"
-        ) from error
-    finally:
-        btf.close()
-    return loaded
 
 
 def probe() -> None:
@@ -143,6 +112,8 @@ def make_maps() -> dict[str, int]:
         fds["inflight"] = libbpf.create_map(
             libbpf.MAP_HASH, "blktrack_bios", 8, abi.BIO.itemsize, abi.INFLIGHT
         )
+        fds["seen"] = libbpf.create_map(libbpf.MAP_HASH, "blktrack_seen", 8, 4, abi.SEEN)
+        fds["caught"] = libbpf.create_map(libbpf.MAP_ARRAY, "blktrack_caught", 4, 8, len(BY_KIND))
     except OSError as error:
         for fd in fds.values():
             os.close(fd)

@@ -1,6 +1,6 @@
 """The programs and maps of one blktrack instance, pinned in bpffs so that they outlive processes.
 
-    PINS/TEXT/windows planes stats inflight    the shared maps
+    PINS/TEXT/windows planes stats …           the shared maps (abi.MAPS)
     PINS/TEXT/link_NAME, link_NAME_2 …         an attached program each, and its copies (layout.py)
     PINS/TEXT/slot_N_a, slot_N_b               the two inner maps of the device in slot N
 
@@ -13,6 +13,7 @@ less than a whole; opening it then tells what is missing and `install` makes it 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import errno
 import mmap
@@ -87,22 +88,36 @@ class Kernel:
 
     def programs(self, kind: int) -> dict[str, Program]:
         """The attached programs for a kind of device. Detached if a pin is missing."""
-        return {name: Program.of(self._copies(name)) for name in BY_KIND[kind]}
+        begins, ends = BY_KIND[kind]
+        return {
+            begins: self._program(begins, lambda: self.caught(kind)),
+            ends: self._program(ends, None),
+        }
 
-    def _copies(self, name: str) -> Iterator[tuple[int, libbpf.ProgramInfo]]:
-        for copy in pinned_copies(self.pins, name):
-            try:
-                link = libbpf.open_pin(self.pins / f"link_{copy}")
-            except OSError as error:
-                raise _missing(f"program {copy} is no longer pinned", error) from error
-            try:
-                link_info = libbpf.info(link, libbpf.LinkInfo)
-                program = libbpf.program_by_id(link_info.prog_id)
-            finally:
-                os.close(link)
-            try:
-                yield link_info.id, libbpf.info(program, libbpf.ProgramInfo)
-            finally:
+    def caught(self, kind: int) -> int:
+        """Events that the first of several copies was not run for, but a later one was."""
+        raw = libbpf.lookup(self._fds["caught"], _key(kind), 8)
+        assert raw is not None  # an array has all its elements
+        return int.from_bytes(raw, "little", signed=True)
+
+    def _program(self, name: str, caught: Callable[[], int] | None) -> Program:
+        links: list[int] = []
+        programs: list[int] = []
+        try:
+            for copy in pinned_copies(self.pins, name):
+                try:
+                    link = libbpf.open_pin(self.pins / f"link_{copy}")
+                except OSError as error:
+                    raise _missing(f"program {copy} is no longer pinned", error) from error
+                try:
+                    info = libbpf.info(link, libbpf.LinkInfo)
+                    programs.append(libbpf.program_by_id(info.prog_id))
+                    links.append(info.id)
+                finally:
+                    os.close(link)
+            return Program.look(links, programs, caught)
+        finally:
+            for program in programs:
                 os.close(program)
 
     def window(self, slot: int) -> Window | None:
@@ -257,7 +272,9 @@ class Kernel:
 
     def in_flight(self, disk: int) -> NDArray[Any]:
         """Changes of a bio-based disk that were seen to begin and not to end (abi.BIO)."""
-        raw = libbpf.values(self._fds["inflight"], 8, abi.BIO.itemsize)
+        copied = len(pinned_copies(self.pins, BY_KIND[abi.KIND_BIO][0])) > 1
+        with _unpreempted() if copied else contextlib.nullcontext():
+            raw = libbpf.values(self._fds["inflight"], 8, abi.BIO.itemsize)
         found: NDArray[Any] = np.frombuffer(raw, dtype=abi.BIO)
         ours: NDArray[Any] = found[found["dev"] == disk]
         return ours
@@ -272,6 +289,19 @@ class Kernel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _unpreempted() -> Iterator[None]:
+    """Real time for a thread that is about to go through a large map: until the kernel is through,
+    it runs no probes on that CPU (layout.py, preemptible)."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    with contextlib.suppress(PermissionError):  # then copies have to see what the probes do not
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def create_inner(geometry: Geometry) -> int:

@@ -7,7 +7,10 @@ numbers move, and tracepoints lost their queue argument in 5.11 (a54895fa057c).
 
 from __future__ import annotations
 
+import os
+
 from blktrack.bpf.btf import Btf
+from blktrack.bpf.libbpf import PROBES as PROBE_TYPE
 from blktrack.errors import BlktrackError
 
 # Operations that name the sectors they change. REQ_OP_WRITE_SAME ended with 5.18.
@@ -16,13 +19,29 @@ _HARMLESS = ("READ", "FLUSH")
 
 PROGRAMS = {
     "blk_rq_issue": "block_rq_issue",
+    "blk_rq_issue_probe": "block_rq_issue",
+    "blk_rq_issue_again": "block_rq_issue",
+    "blk_rq_issue_last": "block_rq_issue",
     "blk_rq_complete": "block_rq_complete",
     "blk_bio_queue": "block_bio_queue",
+    "blk_bio_queue_probe": "block_bio_queue",
+    "blk_bio_queue_again": "block_bio_queue",
+    "blk_bio_queue_last": "block_bio_queue",
     "blk_bio_complete": "block_bio_complete",
     "blk_bio_complete_again": "block_bio_complete",
 }
-# What copies of a program do, if not the same.
-AGAIN = {"blk_bio_complete": "blk_bio_complete_again"}
+# What is attached in place of a program where it can be preempted, and to which function: the one
+# that calls all programs of a tracepoint, if there are several (include/linux/tracepoint.h).
+PROBES = {
+    "blk_rq_issue": ("blk_rq_issue_probe", "__traceiter_block_rq_issue"),
+    "blk_bio_queue": ("blk_bio_queue_probe", "__traceiter_block_bio_queue"),
+}
+# The copies of a program there, in the order in which they run after it.
+COPIES = {
+    "blk_rq_issue": ("blk_rq_issue_again", "blk_rq_issue_last"),
+    "blk_bio_queue": ("blk_bio_queue_again", "blk_bio_queue_last"),
+    "blk_bio_complete": ("blk_bio_complete_again", "blk_bio_complete_again"),
+}
 
 _FIELDS = {
     "GENDISK_MAJOR": ("gendisk", "major"),
@@ -40,6 +59,10 @@ _FIELDS = {
 }
 
 
+# Where a function has its second argument when it is called: a member of pt_regs, and how far in.
+_SECOND = {"x86_64": ("si", 0), "aarch64": ("regs", 8)}
+
+
 class UnknownKernel(BlktrackError):
     """The kernel's types are not as the programs need them."""
 
@@ -50,24 +73,46 @@ def constants(btf: Btf) -> dict[str, int | str]:
         found: dict[str, int | str] = {
             name: btf.offset(struct, path) for name, (struct, path) in _FIELDS.items()
         }
-        found |= _disks(btf) | _operations(btf) | _arguments(btf) | {"COPIES": copies(btf)}
+        found |= _disks(btf) | _operations(btf) | _arguments(btf)
     except KeyError as error:
         raise UnknownKernel(
             f"this kernel's BTF has no {error.args[0]}, which tracking needs",
             hint="use a kernel from 5.14 on that has BTF (CONFIG_DEBUG_INFO_BTF)",
         ) from error
-    return found
+    return found | {"PREEMPTIBLE": int(preemptible(btf))} | _probes(btf)
 
 
-def copies(btf: Btf) -> int:
-    """How many of each bio program have to be attached, so that what one misses another sees.
+def preemptible(btf: Btf) -> bool:
+    """Whether COPIES have to be attached, so that what one program misses another sees.
 
     The kernel does not run a program that is running on that CPU already. For long that came about
     in its interrupts alone. Since SRCU guards tracepoints (a46023d5616e) a program can be preempted
-    as well, and what other tasks do on that CPU meanwhile goes by it. Of three, each would have to
-    be preempted in a task of its own, on one CPU, at one time.
+    as well, and what other tasks do on that CPU meanwhile goes by it. To forbid it preemption is no
+    help: what had to wait comes where it allows it again, and there it is still running.
+
+    A probe cannot be preempted, so one comes first; but while a task is preempted in the middle of
+    a system call on BPF maps, the kernel runs no probes on that CPU (bpf_disable_instrumentation).
+    Then, or without it, each of the copies has to be preempted in a task of its own, on one CPU, at
+    one time: of the changes of four tasks that only wrote to zram, three copies lost one of 400.
+
+    They are copies in full. What a program goes over into by a tail call is not kept from running
+    twice at once on a CPU, while its stack may be one that it has for itself there
+    (bpf_enable_priv_stack).
     """
-    return 3 if btf.has("tp_transition_snapshot", "srcu_gp") else 1
+    return btf.has("tp_transition_snapshot", "srcu_gp")
+
+
+def cast(btf: Btf) -> int:
+    """BTF id of bpf_rdonly_cast, which tells a probe the type of what it gets (6.2, a35b9af4ec2c).
+
+    0 where probes are of no use, or there are none.
+    """
+    if not preemptible(btf) or not PROBE_TYPE.exists() or os.uname().machine not in _SECOND:
+        return 0
+    try:
+        return btf.function("bpf_rdonly_cast")
+    except KeyError:
+        return 0
 
 
 def has_rw_page(btf: Btf) -> bool:
@@ -86,6 +131,18 @@ def _disks(btf: Btf) -> dict[str, int | str]:
     return {
         "RQ_DISK(rq)": request,
         "BIO_DISK(bio)": f"FIELD(void *, FIELD(void *, bio, {device}), {disk})",
+    }
+
+
+def _probes(btf: Btf) -> dict[str, int | str]:
+    if not cast(btf):
+        return {"PROBED": 0}
+    member, add = _SECOND[os.uname().machine]
+    return {
+        "PROBED": 1,
+        "REGS_SECOND": btf.offset("pt_regs", member) + add,
+        "TYPE_BIO": btf.struct("bio"),
+        "TYPE_REQUEST": btf.struct("request"),
     }
 
 

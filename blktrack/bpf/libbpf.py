@@ -17,12 +17,15 @@ from blktrack.errors import BlktrackError
 
 # enum bpf_map_type, bpf_prog_type, bpf_attach_type, flags: include/uapi/linux/bpf.h, stable ABI
 MAP_HASH, MAP_ARRAY, MAP_PERCPU_ARRAY, MAP_ARRAY_OF_MAPS = 1, 2, 6, 12
-PROG_TYPE_TRACING, TRACE_RAW_TP = 26, 23
+PROG_TYPE_KPROBE, PROG_TYPE_TRACING, TRACE_RAW_TP, PERF_EVENT = 2, 26, 23, 41
 F_MMAPABLE, F_INNER_MAP = 1 << 10, 1 << 12
 ANY, NOEXIST = 0, 1
 STATS_RUN_TIME = 0
 _BATCH = 4096  # entries of a hash asked for at once
 
+# Where the kernel has probes: its number for them.
+PROBES = Path("/sys/bus/event_source/devices/kprobe/type")
+_PERF_EVENT_OPEN, _CLOSE_ON_EXEC = {"x86_64": 298, "aarch64": 241}, 8
 SONAME = "libbpf.so.1"
 
 
@@ -126,6 +129,22 @@ class LinkInfo(ct.Structure):
     )
 
 
+class PerfEvent(ct.Structure):
+    """struct perf_event_attr of a kprobe, as of PERF_ATTR_SIZE_VER1"""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("size", ct.c_uint32),
+        ("config", ct.c_uint64),
+        ("sample", ct.c_uint64 * 3),
+        ("flags", ct.c_uint64),
+        ("wakeup", ct.c_uint32),
+        ("bp_type", ct.c_uint32),
+        ("function", ct.c_void_p),
+        ("offset", ct.c_uint64),
+    )
+
+
 class MapInfo(ct.Structure):
     """The head of struct bpf_map_info"""
 
@@ -217,12 +236,13 @@ def values(fd: int, key: int, value: int) -> bytes:
 def load_program(name: str, code: bytes, target: int) -> int:
     """Load a typed raw tracepoint program; `target` is the BTF id of its `btf_trace_*` typedef.
 
-    ValueError with the end of the verifier's log when the kernel refuses it.
+    0 for the program of a probe. ValueError with the end of the verifier's log when the kernel
+    refuses it.
     """
     log = ct.create_string_buffer(1 << 20)
     options = ProgramOptions(
         sz=ct.sizeof(ProgramOptions),
-        expected_attach_type=TRACE_RAW_TP,
+        expected_attach_type=TRACE_RAW_TP if target else 0,
         attach_btf_id=target,
         log_size=len(log),
         log_buf=ct.cast(log, ct.c_char_p),
@@ -230,7 +250,7 @@ def load_program(name: str, code: bytes, target: int) -> int:
     try:
         return call(
             "bpf_prog_load",
-            PROG_TYPE_TRACING,
+            PROG_TYPE_TRACING if target else PROG_TYPE_KPROBE,
             name.encode()[:15],
             b"Dual BSD/GPL",
             code,
@@ -247,6 +267,25 @@ def load_program(name: str, code: bytes, target: int) -> int:
 def attach(program: int) -> int:
     """A link that keeps the program attached while it is open or pinned."""
     return call("bpf_raw_tracepoint_open", None, program)
+
+
+def attach_probe(program: int, function: str) -> int:
+    """As `attach`, where a function of the kernel is called. OSError if it takes no probes."""
+    name = ct.create_string_buffer(function.encode())
+    event = PerfEvent(
+        type=int(PROBES.read_text(encoding="ascii")),
+        size=ct.sizeof(PerfEvent),
+        function=ct.cast(name, ct.c_void_p),
+    )
+    libc = ct.CDLL(None, use_errno=True)
+    # Of no task, on the first processor: programs are run for all of them nevertheless.
+    words = (_PERF_EVENT_OPEN[os.uname().machine], ct.byref(event), -1, 0, -1, _CLOSE_ON_EXEC)
+    if (fd := libc.syscall(*words)) < 0:
+        raise OSError(ct.get_errno(), f"{function}: {os.strerror(ct.get_errno())}")
+    try:
+        return call("bpf_link_create", program, fd, PERF_EVENT, None)
+    finally:
+        os.close(fd)
 
 
 def pin(fd: int, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -22,28 +22,43 @@ class Program:
     """An attached program's numbers, from the kernel's own accounting, with those of its copies."""
 
     links: tuple[int, ...]  # ids
-    skipped: tuple[int, ...]  # runs of each left out, as it was running on that CPU already
+    skipped: tuple[int, ...]  # events that each was not run for, as it was running on that CPU
+    missed: int  # events that none of them was run for
+    probe: bool  # whether the first is one, see layout.py
     runs: int  # of the first, counted while kernel.bpf_stats_enabled is on
     run_ns: int  # of all
 
     @classmethod
-    def of(cls, copies: Iterable[tuple[int, libbpf.ProgramInfo]]) -> Self:
-        links, told = zip(*copies, strict=True)
-        skipped = tuple(info.recursion_misses for info in told)
-        return cls(links, skipped, told[0].run_cnt, sum(info.run_time_ns for info in told))
+    def look(
+        cls, links: Sequence[int], programs: Sequence[int], caught: Callable[[], int] | None
+    ) -> Self:
+        """At open programs, the first and its copies, with the ids of their links.
 
-    @property
-    def missed(self) -> int:
-        """Events that no copy was run for, at most."""
-        return min(self.skipped)
-
-    def missed_since(self, skipped: Sequence[int]) -> int:
-        """As `missed`, since each copy had skipped so many runs.
-
-        What was skipped between the reading of one copy's number and another's is counted both
-        times if numbers to compare with were all read before any of these.
+        caught -- how many of the events that the first was not run for were seen by copies
+        (track.c). It is read before what the kernel says of the first: what comes in between then
+        counts as missed, until the next look. None, where it is not counted: then as many are
+        missed as are by the best of them, at most.
         """
-        return min(now - then for now, then in zip(self.skipped, skipped, strict=True))
+        before = caught() if caught else 0
+        told: list[libbpf.ProgramInfo] = [libbpf.info(fd, libbpf.ProgramInfo) for fd in programs]
+        skipped = tuple(info.recursion_misses for info in told)
+        return cls(
+            tuple(links),
+            skipped,
+            skipped[0] - before if caught else min(skipped),
+            told[0].type == libbpf.PROG_TYPE_KPROBE,
+            told[0].run_cnt,
+            sum(info.run_time_ns for info in told),
+        )
+
+    def missed_since(self, missed: int) -> int:
+        """Events since that number was read; below 0, runs that the kernel left out uncounted.
+
+        Of the programs on tracepoints it counts all. Probes may be switched off altogether, as by
+        the sysctl kernel.ftrace_enabled, and copies then catch what was never counted.
+        """
+        since = self.missed - missed
+        return since if self.probe else max(since, 0)
 
 
 def copies_of(name: str) -> Iterator[str]:

@@ -3,14 +3,16 @@
  * The programs. Request-based disks are followed through requests: issue comes before the driver
  * sees the change, completion before the submitter hears of it. Bio-based ones (device-mapper, md,
  * zram) show only bios, and a completed bio no longer tells its range once it was split, so the range
- * is remembered from queue to completion by bio pointer. Where programs can be preempted, several
- * copies of the bio programs are attached (layout.py); what one has seen the others find done.
+ * is remembered from queue to completion by bio pointer. Where programs can be preempted, they
+ * have copies (layout.py); what one has seen the others find done.
  *
  * Maps, all made and pinned by user space:
  *   windows   array of one   written by user space only
  *   planes    array of maps  swapped by user space; bits set here, cleared by user space once retired
  *   stats     per-CPU array  counted here
  *   inflight  hash           written here, by the bio programs only
+ *   seen      hash           written here, where programs have copies
+ *   caught    array          counted here, as well
  */
 #include "track.h"
 
@@ -74,11 +76,35 @@ INLINE void mark_request(void *rq, u32 plane, volatile u32 *bytes)
 			mark(ws, slot, plane, (struct range){ FIELD(u64, rq, RQ_SECTOR), *bytes >> 9 });
 }
 
+INLINE void issue(void *rq, enum copy copy)
+{
+	if (its_turn(copy, KIND_REQUEST, rq))
+		mark_request(rq, SUBMITTED, &FIELD(u32, rq, RQ_DATA_LEN));
+}
+
 int blk_rq_issue(u64 *ctx)
 {
-	void *rq = (void *)ctx[RQ_ISSUE_ARG];
+	issue((void *)ctx[RQ_ISSUE_ARG], FIRST);
+	return 0;
+}
 
-	mark_request(rq, SUBMITTED, &FIELD(u32, rq, RQ_DATA_LEN));
+int blk_rq_issue_probe(struct pt_regs *regs)
+{
+#if PROBED
+	issue(SECOND(regs, TYPE_REQUEST), FIRST);
+#endif
+	return 0;
+}
+
+int blk_rq_issue_again(u64 *ctx)
+{
+	issue((void *)ctx[RQ_ISSUE_ARG], AGAIN);
+	return 0;
+}
+
+int blk_rq_issue_last(u64 *ctx)
+{
+	issue((void *)ctx[RQ_ISSUE_ARG], LAST);
 	return 0;
 }
 
@@ -86,7 +112,11 @@ int blk_rq_issue(u64 *ctx)
  * name that part. A failed one may have reached the medium in part and counts as well. */
 int blk_rq_complete(u64 *ctx)
 {
-	mark_request((void *)ctx[RQ_COMPLETE_ARG], COMPLETED, (volatile u32 *)&ctx[RQ_COMPLETE_BYTES_ARG]);
+	void *rq = (void *)ctx[RQ_COMPLETE_ARG];
+
+	if (PREEMPTIBLE)
+		forget_seen(rq);
+	mark_request(rq, COMPLETED, (volatile u32 *)&ctx[RQ_COMPLETE_BYTES_ARG]);
 	return 0;
 }
 
@@ -105,54 +135,41 @@ INLINE void complete(struct windows *ws, volatile struct bio_range *bio, bool la
 	}
 }
 
-INLINE bool same(volatile struct bio_range *found, struct bio_range *bio)
-{
-	return found && found->dev == bio->dev && found->op == bio->op && found->bytes == bio->bytes &&
-	       found->sector == bio->sector;
-}
-
-int blk_bio_queue(u64 *ctx)
+INLINE void queue(void *bio, enum copy copy)
 {
 	struct windows *ws = VALUE(MAP_WINDOWS);
-	void *bio = (void *)ctx[BIO_QUEUE_ARG];
 	u32 op = OP(FIELD(u32, bio, BIO_OPF));
 	u32 bytes = FIELD(u32, bio, BIO_SIZE);
 	struct bio_range entry = {};
 	u64 key = (u64)bio;
-	bool tracked = false, again = false;
+	bool tracked = false;
 	long error;
 
-	if (HARMLESS(op))
-		return 0;
+	if (!its_turn(copy, KIND_BIO, bio) || HARMLESS(op))
+		return;
 	entry.sector = FIELD(u64, bio, BIO_SECTOR);
 	entry.bytes = bytes;
 	entry.op = op;
 	entry.dev = disk_number(BIO_DISK(bio));
 	if (!entry.dev)
-		return 0;
+		return;
 	if (!CHANGES(op)) {
 		count_opaque(ws, KIND_BIO, entry.dev);
-		return 0;
+		return;
 	}
 	if (!bytes)
-		return 0;
+		return;
 
 	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot) {
-#if COPIES > 1
-		/* Another copy was here; or one just like it was, and was not seen to end. Then it is
-		 * remembered, and marked all the same: that one was of another epoch. */
-		if (!tracked)
-			again = same(bpf_map_lookup_elem(MAP(MAP_INFLIGHT), &key), &entry);
-#endif
-		mark_once(ws, slot, SUBMITTED, bio_range(bio), again);
+		mark(ws, slot, SUBMITTED, bio_range(bio));
 		tracked = true;
 	}
-	if (!tracked || again)
-		return 0;
+	if (!tracked)
+		return;
 
 	error = bpf_map_update_elem(MAP(MAP_INFLIGHT), &key, &entry, BPF_NOEXIST);
 	if (!error)
-		return 0;
+		return;
 	if (error == -EEXIST) {
 		/* The bio that had this address before was not seen to complete. */
 		volatile struct bio_range *old = bpf_map_lookup_elem(MAP(MAP_INFLIGHT), &key);
@@ -164,6 +181,31 @@ int blk_bio_queue(u64 *ctx)
 	if (error)
 		FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot)
 			COUNT(slot, full);
+}
+
+int blk_bio_queue(u64 *ctx)
+{
+	queue((void *)ctx[BIO_QUEUE_ARG], FIRST);
+	return 0;
+}
+
+int blk_bio_queue_probe(struct pt_regs *regs)
+{
+#if PROBED
+	queue(SECOND(regs, TYPE_BIO), FIRST);
+#endif
+	return 0;
+}
+
+int blk_bio_queue_again(u64 *ctx)
+{
+	queue((void *)ctx[BIO_QUEUE_ARG], AGAIN);
+	return 0;
+}
+
+int blk_bio_queue_last(u64 *ctx)
+{
+	queue((void *)ctx[BIO_QUEUE_ARG], LAST);
 	return 0;
 }
 
@@ -223,6 +265,8 @@ int blk_bio_complete(u64 *ctx)
 	struct windows *ws = VALUE(MAP_WINDOWS);
 	void *bio = (void *)ctx[BIO_COMPLETE_ARG];
 
+	if (PREEMPTIBLE)
+		forget_seen(bio);
 	if (!end_remembered(ws, bio))
 		ended_unbegun(ws, bio);
 	return 0;
@@ -231,6 +275,10 @@ int blk_bio_complete(u64 *ctx)
 /* The copies of it, which run after it: mostly there is nothing left for them to do. */
 int blk_bio_complete_again(u64 *ctx)
 {
-	end_remembered(VALUE(MAP_WINDOWS), (void *)ctx[BIO_COMPLETE_ARG]);
+	void *bio = (void *)ctx[BIO_COMPLETE_ARG];
+
+	if (PREEMPTIBLE)
+		forget_seen(bio);
+	end_remembered(VALUE(MAP_WINDOWS), bio);
 	return 0;
 }

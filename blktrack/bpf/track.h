@@ -12,6 +12,12 @@
  * before that call returns (maybe_wait_bpf_programs), so a retired map no longer changes. Each
  * program therefore looks its inner map up once for each mark and never keeps it.
  *
+ * Where programs can be preempted (layout.py), the kernel does not run the first of several copies for
+ * some events, and counts them. `caught` is how many of those a later copy was run for; by as many as
+ * it is behind, all copies missed one. What an event is about is in `seen` from the first copy that is
+ * run to the last one, or, should that be skipped, until it ends. What was found there by mistake would
+ * not be caught, which is a doubt.
+ *
  * Included after the generated header (abi.py, layout.py), which defines the structs, the field
  * offsets and enum values of the running kernel, and MAP_* for the maps.
  */
@@ -24,12 +30,59 @@
 
 #define INLINE static __attribute__((always_inline)) inline
 
+INLINE void count_caught(u32 kind, s64 number)
+{
+	s64 *caught = bpf_map_lookup_elem(MAP(MAP_CAUGHT), &kind);
+
+	if (caught)
+		__sync_fetch_and_add(caught, number);
+}
+
+/* What is not remembered as seen is going to be caught for nothing, or else a doubt. */
+INLINE void remember_seen(u32 kind, u64 what)
+{
+	u32 yes = 1;
+
+	if (bpf_map_update_elem(MAP(MAP_SEEN), &what, &yes, BPF_ANY))
+		count_caught(kind, -1);
+}
+
+INLINE void forget_seen(void *what)
+{
+	u64 key = (u64)what;
+
+	if (bpf_map_lookup_elem(MAP(MAP_SEEN), &key))
+		bpf_map_delete_elem(MAP(MAP_SEEN), &key);
+}
+
+enum copy { FIRST, AGAIN, LAST };
+
+/* Whether this copy is the first that is run for an event, and so has to do what is to be done. */
+INLINE bool its_turn(enum copy copy, u32 kind, void *what)
+{
+	u64 key = (u64)what;
+
+	if (copy != FIRST && bpf_map_lookup_elem(MAP(MAP_SEEN), &key)) {
+		if (copy == LAST)
+			bpf_map_delete_elem(MAP(MAP_SEEN), &key);
+		return false;
+	}
+	if (copy != FIRST)
+		count_caught(kind, 1);
+	if (PREEMPTIBLE && copy != LAST)
+		remember_seen(kind, key);
+	return true;
+}
+
 /*
  * Fields of kernel structs, by offset: `p` is a pointer that the verifier knows the BTF type of.
  * Volatile, so that a value used in a loop is loaded in each turn: what one turn's comparisons taught
  * the verifier about it then ends with that turn, and its states meet instead of multiplying.
  */
 #define FIELD(type, p, offset) (*(type volatile *)((char *)(p) + (offset)))
+
+/* What a probed function got as its second argument, as a pointer to a type. */
+#define SECOND(regs, type) (((void *(*)(void *, u32))CAST)(*(void **)((char *)(regs) + REGS_SECOND), type))
 
 #define OP(flags) ((flags) & REQ_OP_MASK)
 /* Operations that change sectors they name, and those that change none; the others are opaque. */
@@ -103,17 +156,19 @@ INLINE void mark_granules(struct window *w, void *map, u32 plane, u64 first, u64
 	}
 }
 
-/* Mark what of a range lies in the window of `slot`; `again` if it was counted before. */
-INLINE void mark_once(struct windows *ws, u32 slot, u32 plane, struct range r, bool again)
+/* Mark what of a range lies in the window of `slot`. */
+INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 {
 	struct window *w = &ws->window[slot];
 	u64 first = r.sector, end = r.sector + r.sectors;
 	struct stats *s = stats_of(slot);
 	void *map;
 
-	/* Plain additions: a program never runs twice at once on a CPU, and only one adds to each.
-	 * Copies may disturb each other; their counts are shown, and nothing depends on them. */
-	if (s && plane == SUBMITTED && !again)
+	/* Plain additions where one program adds: it never runs twice at once on a CPU. Those of bios have
+	 * copies that may disturb each other; their counts are shown, and nothing depends on them. */
+	if (s && plane == SUBMITTED && PREEMPTIBLE)
+		__sync_fetch_and_add(&s->begun, r.sectors << 9);
+	else if (s && plane == SUBMITTED)
 		s->begun += r.sectors << 9;
 	if (s && plane == COMPLETED)
 		s->ended += r.sectors << 9;
@@ -137,11 +192,6 @@ INLINE void mark_once(struct windows *ws, u32 slot, u32 plane, struct range r, b
 		s->writes++;
 		s->written += (end - first) << 9;
 	}
-}
-
-INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
-{
-	mark_once(ws, slot, plane, r, false);
 }
 
 /* The slots of one whole disk: one, or more where it or several of its partitions are tracked. */

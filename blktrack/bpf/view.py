@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from blktrack.bpf import libbpf
@@ -67,10 +68,11 @@ class View:
                 return
             self._stamp = stamp
         self._before, self._programs = self._programs, {}
-        for names in BY_KIND.values():
-            for name in names:
-                if told := list(self._copies(name)):
-                    self._programs[name] = Program.of(told)
+        for kind, (begins, ends) in BY_KIND.items():
+            for name, caught in ((begins, partial(self._kernel.caught, kind)), (ends, None)):
+                if copies := list(self._copies(name)):
+                    links, programs = zip(*copies, strict=True)
+                    self._programs[name] = Program.look(links, programs, caught)
 
     @property
     def kernel(self) -> Kernel:
@@ -116,14 +118,15 @@ class View:
             both.append(planes)
         return both
 
-    def _copies(self, name: str) -> Iterator[tuple[int, libbpf.ProgramInfo]]:
+    def _copies(self, name: str) -> Iterator[tuple[int, int]]:
+        """Link id and program of each."""
         for copy in copies_of(name):
-            told = self._program(copy)
-            if told is None:
+            found = self._program(copy)
+            if found is None:
                 return
-            yield told
+            yield found
 
-    def _program(self, name: str) -> tuple[int, libbpf.ProgramInfo] | None:
+    def _program(self, name: str) -> tuple[int, int] | None:
         path = self._pins / f"link_{name}"
         stamp, known = _stamp(path), self._attached.get(name)
         if known is not None and known.stamp != stamp:
@@ -142,7 +145,7 @@ class View:
             except OSError:  # gone since
                 return None
             self._attached[name] = known
-        return known.link_id, libbpf.info(known.program, libbpf.ProgramInfo)
+        return known.link_id, known.program
 
     def close(self) -> None:
         if self._kernel is not None:

@@ -48,7 +48,7 @@ def absorb(device: Tracking) -> str | None:
     ):
         return reason
     found = retired.nonzero()
-    missed = complete.missed_since(epoch.complete_skipped) > 0
+    missed = complete.missed_since(epoch.complete_missed) > 0
     missed = missed or bool(known and now and now.unended > known.unended)
     with BitFile(device.store.run(device.state.id) / "settling", device.words) as settling:
         for path in device.store.link_files(device.state.id, "pending"):
@@ -78,7 +78,7 @@ def absorb(device: Tracking) -> str | None:
     retired.clear(found)
     crash.point("drain-cleared")
     unsure = epoch.submit_unsure and not settled
-    epoch.submit_unsure = unsure or submit.missed_since(epoch.submit_skipped) > 0
+    epoch.submit_unsure = unsure or submit.missed_since(epoch.submit_missed) > 0
     epoch.table = table
     return None
 

@@ -95,10 +95,12 @@ def of_misses(epoch: Epoch, submit: Program, complete: Program, *, bio: bool) ->
 
     Skipped completions alone are covered: by the submitted planes, on bio-based devices by the
     table of what is in flight. There a completion tells no range without its submission; on others
-    the two must both be missing.
+    the two must both be missing. Where a probe was off, nobody knows how many runs there were.
     """
-    submits = submit.missed_since(epoch.submit_skipped)
-    completes = complete.missed_since(epoch.complete_skipped)
+    submits = submit.missed_since(epoch.submit_missed)
+    completes = complete.missed_since(epoch.complete_missed)
+    if submits < 0:
+        return f"{-submits} changes were seen to begin while the probe for it was off"
     if bio and submits:
         return f"the kernel skipped {submits} runs of the program that sees writes begin"
     if not bio and completes and (submits or epoch.submit_unsure):

@@ -20,7 +20,7 @@ from blktrack.bpf.btf import Btf
 from blktrack.bpf.install import install
 from blktrack.bpf.kernel import Detached, Kernel, Window
 from blktrack.bpf.planes import Geometry
-from blktrack.bpf.programs import BY_KIND
+from blktrack.bpf.programs import BY_KIND, Program
 from blktrack.device import bypasses_bios, device_id
 from blktrack.errors import BlktrackError, Refused, UsageError
 from blktrack.observer import NOBODY, Observer
@@ -31,6 +31,7 @@ from blktrack.units import GRANULARITY_MOST, KIB, MIB, format_size
 
 MAP_BUDGET = 32 * MIB  # kernel memory for the dirty maps of one device, by default
 _DRAIN_SECONDS, _QUIET_SECONDS = 30.0, 0.2
+_LOOKS = 50
 
 
 def window_of(device: BlockDevice, size: int, granularity: int) -> Window:
@@ -126,7 +127,7 @@ def occupy(
         crash.point("begin-removed")
         # Removing the last slot took the programs with it.
         with install(store.paths.pins, window.kind) as kernel:
-            programs = kernel.programs(window.kind)
+            programs = _settled_programs(kernel, window.kind)
             state.slot = kernel.add(window)
             active, retired = kernel.planes(state.slot, window.geometry)
             state.maps = [active.id, retired.id]
@@ -142,9 +143,24 @@ def occupy(
             active, _ = kernel.planes(state.slot, window.geometry)
             kernel.settle(state.slot, active)
     state.programs = {name: list(program.links) for name, program in programs.items()}
-    epoch.submit_skipped, epoch.complete_skipped = (
-        list(programs[name].skipped) for name in BY_KIND[window.kind]
+    epoch.submit_missed, epoch.complete_missed = (
+        programs[name].missed for name in BY_KIND[window.kind]
     )
+
+
+def _settled_programs(kernel: Kernel, kind: int) -> dict[str, Program]:
+    """When two looks agree: nobody is between the copies of a program that were just attached."""
+    before = kernel.programs(kind)
+    for _ in range(_LOOKS):
+        if all(len(program.links) == 1 for program in before.values()):
+            break
+        time.sleep(0.002)
+        now = kernel.programs(kind)
+        agreed = all(now[name].missed == before[name].missed for name in now)
+        before = now
+        if agreed:
+            break
+    return before
 
 
 def end(store: Store, state: DeviceState, reason: str) -> None:

@@ -17,13 +17,16 @@ from blktrack.bpf import abi
 from blktrack.bpf.kernel import Detached, Kernel
 from blktrack.bpf.programs import BY_KIND, Program
 from blktrack.errors import BlktrackError
-from blktrack.state import DeviceState, Epoch, Store
+from blktrack.state import DeviceState, Store
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker import account, doubt
 from blktrack.tracker.absorb import absorb
 from blktrack.tracker.account import Account
 from blktrack.tracker.generation import end, window_of
 
+# Seconds that a task may be kept from the next copy of a program before what it has to catch there
+# counts as missed.
+_CATCHING = 0.2
 BEGIN_ANEW = "run blktrack sync: it begins anew and resyncs the replica"
 
 
@@ -40,7 +43,7 @@ class Swap:
     generation: str
     epoch: int
     time: float
-    skipped: tuple[int, ...]  # runs of the program that sees changes begin, by then, of each copy
+    missed: int  # by then, by the program that sees changes begin
 
 
 class Tracking:
@@ -59,8 +62,10 @@ class Tracking:
         if reason is None and (epoch is None or epoch.generation != state.generation):
             reason = f"its state in {store.run(state.id)} is gone"
         if reason is None:
+            assert epoch is not None
+            self.epoch = epoch
             try:
-                reason = self._open() or self._lost(epoch)
+                reason = self._open() or self._lost()
             except Detached as error:
                 reason = str(error)
             except BlktrackError:
@@ -69,8 +74,6 @@ class Tracking:
         if reason is not None:
             self.close()
             self._end(reason)
-        assert epoch is not None
-        self.epoch = epoch
 
     def _last_reason(self) -> str:
         return self.state.doubts[-1].reason if self.state.doubts else "tracking never began"
@@ -85,22 +88,21 @@ class Tracking:
 
     def _open(self) -> str | None:
         self.kernel = Kernel(self.store.paths.pins)
-        self.programs = self.kernel.programs(self.window.kind)
-        if reason := doubt.of_programs(self.state, self.programs):
+        if reason := doubt.of_programs(self.state, self.kernel.programs(self.window.kind)):
             return reason
         if reason := doubt.of_window(self.state, self.kernel, set(self.state.maps)):
             return reason
         self.active, self.retired = self.kernel.planes(self.state.slot, self.window.geometry)
         return doubt.of_window(self.state, self.kernel, {self.active.id, self.retired.id})
 
-    def _lost(self, epoch: Epoch | None) -> str | None:
+    def _lost(self) -> str | None:
         """What went unseen by now, as far as it is told without a swap."""
-        assert self.kernel and epoch
-        submit, complete = (self.programs[name] for name in BY_KIND[self.window.kind])
+        assert self.kernel
+        submit, complete = self.program_pair()
         return (
             doubt.of_counters(self.kernel.stats(self.state.slot), growing=self.grown)
-            or doubt.of_misses(epoch, submit, complete, bio=self.bio)
-            or doubt.of_table(epoch.table, mapper.table(self.device))
+            or doubt.of_misses(self.epoch, submit, complete, bio=self.bio)
+            or doubt.of_table(self.epoch.table, mapper.table(self.device))
         )
 
     @property
@@ -130,15 +132,15 @@ class Tracking:
         self.active, self.retired = self.retired, self.active
         self._absorb()
         self.epoch.number += 1
-        self.epoch.submit_skipped = list(submit.skipped)
-        self.epoch.complete_skipped = list(complete.skipped)
+        self.epoch.submit_missed = submit.missed
+        self.epoch.complete_missed = complete.missed
         known = account.known(self.epoch, self.state.slot)
         if known and before and before.exact:
             known = known.at_least(unended=before.unended)
         account.remember(self.epoch, self.state.slot, known)
         self.store.save_epoch(self.state.id, self.epoch)
         crash.point("drain-recorded")
-        return Swap(self.state.generation, self.epoch.number, at, submit.skipped)
+        return Swap(self.state.generation, self.epoch.number, at, submit.missed)
 
     def _absorb(self) -> None:
         if reason := absorb(self):
@@ -154,19 +156,24 @@ class Tracking:
         return account.take(self.device, self.kernel.stats_reader(self.state.slot))
 
     def program_pair(self) -> tuple[Program, Program]:
-        """The submission and the completion program as they are now."""
+        """The submission and the completion program as they are now. Gap if they are others."""
         assert self.kernel
-        programs = self.kernel.programs(self.window.kind)
-        if reason := doubt.of_programs(self.state, programs):
-            self._end(reason)
-        submit, complete = BY_KIND[self.window.kind]
-        return programs[submit], programs[complete]
+        until = time.monotonic() + _CATCHING
+        while True:
+            programs = self.kernel.programs(self.window.kind)
+            if reason := doubt.of_programs(self.state, programs):
+                self._end(reason)
+            submit, complete = (programs[name] for name in BY_KIND[self.window.kind])
+            missed = submit.missed_since(self.epoch.submit_missed)
+            if not missed or len(submit.links) == 1 or time.monotonic() > until:
+                return submit, complete
+            time.sleep(0.001)
 
     def seen_since(self, swap: Swap) -> bool:
         """Whether no change since then began unseen, as far as the kernel counts what ends."""
         known = account.known(self.epoch, self.state.slot)
         unseen = doubt.of_account(known, self.counts())
-        return not self.program_pair()[0].missed_since(swap.skipped) and not unseen
+        return not self.program_pair()[0].missed_since(swap.missed) and not unseen
 
     def submitted(self) -> Words:
         """Granules to which changes were submitted since the last drain."""
@@ -182,7 +189,7 @@ class Tracking:
         submit, _ = self.program_pair()
         return (
             not self.active.any_set(abi.SUBMITTED)
-            and not submit.missed_since(self.epoch.submit_skipped)
+            and not submit.missed_since(self.epoch.submit_missed)
             and doubt.of_counters(self.kernel.stats(self.state.slot)) is None
         )
 

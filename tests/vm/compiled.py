@@ -10,13 +10,13 @@ import json
 import os
 from pathlib import Path
 
-from blktrack.bpf import compile, install
+from blktrack.bpf import compile, load
 from tools.vm.initramfs import KEPT
 
 
 def compile_once() -> None:
-    """Let `install` take what another machine, or another boot, has compiled."""
-    vars(install)["compile_programs"] = _kept
+    """Let `load` take what another machine, or another boot, has compiled."""
+    vars(load)["compile_programs"] = _kept
 
 
 def _kept(text: str) -> dict[str, bytes]:
