@@ -78,10 +78,10 @@ def kernel(iterator: int, queue_disk: int, device_disk: int) -> dict[str, int | 
 
 
 KERNELS = {
-    "6.1": kernel(32, 160, 856) | {"COPIES": 1},
-    "6.12": kernel(32, 104, 16) | {"COPIES": 1},
-    "6.18": kernel(32, 104, 16) | {"COPIES": 1},
-    "7.2": kernel(40, 96, 16) | {"COPIES": 3},
+    "6.1": kernel(32, 160, 856) | {"PREEMPTIBLE": 0},
+    "6.12": kernel(32, 104, 16) | {"PREEMPTIBLE": 0},
+    "6.18": kernel(32, 104, 16) | {"PREEMPTIBLE": 0},
+    "7.2": kernel(40, 96, 16) | {"PREEMPTIBLE": 1},
 }
 
 
@@ -103,9 +103,24 @@ def test_every_stored_kernel_is_expected() -> None:
     assert {path.stem for path in DATA.glob("*.btf")} == set(KERNELS)
 
 
-def test_constants(stored: str) -> None:
+@pytest.mark.parametrize("probes", [True, False])
+def test_constants(
+    stored: str, probes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the running kernel has probes is no matter of types."""
+    place = tmp_path / "type"
+    if probes:
+        place.write_text("8\n")
+    monkeypatch.setattr(layout, "PROBE_TYPE", place)
+    monkeypatch.setattr(layout, "MACHINE", "x86_64")
     with opened(DATA / f"{stored}.btf") as btf:
-        assert layout.constants(btf) == KERNELS[stored]
+        found = layout.constants(btf)
+        wanted = KERNELS[stored] | {"PROBED": 0}
+        if probes and stored == "7.2":
+            wanted |= {"PROBED": 1, "REGS_SECOND": 104}
+            wanted |= {"TYPE_BIO": btf.struct("bio"), "TYPE_REQUEST": btf.struct("request")}
+            assert layout.cast(btf) == btf.function("bpf_rdonly_cast") > 0
+        assert found == wanted
 
 
 def test_only_old_kernels_write_pages_without_a_bio(stored: str) -> None:

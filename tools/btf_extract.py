@@ -27,9 +27,11 @@ STRUCTS = (
     "block_device",
     "block_device_operations",
     "tp_transition_snapshot",
+    "pt_regs",
 )
 ENUMS = ("req_op", "req_opf", "req_flag_bits")
 TRACEPOINTS = "btf_trace_block_"
+FUNCTIONS = ("bpf_rdonly_cast",)
 
 # BTF_KIND_*
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT = range(1, 12)
@@ -136,7 +138,7 @@ class Extract:
         new = Type(old.name, old.kind, old.value, old.flag, old.words)
         if old.kind == PTR:
             new.value = self.add(old.value, pointed=True)
-        elif old.kind in _WRAPPERS:
+        elif old.kind in _WRAPPERS or old.kind == FUNC:
             new.value = self.add(old.value, pointed=pointed)
         elif old.kind == ARRAY:
             element, index, count = old.words
@@ -167,6 +169,7 @@ def extract(raw: bytes) -> bytes:
             (found.kind == STRUCT and found.name in STRUCTS)
             or (found.kind == ENUM and found.name in ENUMS)
             or (found.kind == TYPEDEF and found.name.startswith(TRACEPOINTS))
+            or (found.kind == FUNC and found.name in FUNCTIONS)
         ):
             result.add(number)
     return serialise(result.types)

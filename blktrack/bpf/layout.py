@@ -59,6 +59,7 @@ _FIELDS = {
 }
 
 
+MACHINE = os.uname().machine
 # Where a function has its second argument when it is called: a member of pt_regs, and how far in.
 _SECOND = {"x86_64": ("si", 0), "aarch64": ("regs", 8)}
 
@@ -107,7 +108,7 @@ def cast(btf: Btf) -> int:
 
     0 where probes are of no use, or there are none.
     """
-    if not preemptible(btf) or not PROBE_TYPE.exists() or os.uname().machine not in _SECOND:
+    if not preemptible(btf) or not PROBE_TYPE.exists() or MACHINE not in _SECOND:
         return 0
     try:
         return btf.function("bpf_rdonly_cast")
@@ -137,7 +138,7 @@ def _disks(btf: Btf) -> dict[str, int | str]:
 def _probes(btf: Btf) -> dict[str, int | str]:
     if not cast(btf):
         return {"PROBED": 0}
-    member, add = _SECOND[os.uname().machine]
+    member, add = _SECOND[MACHINE]
     return {
         "PROBED": 1,
         "REGS_SECOND": btf.offset("pt_regs", member) + add,
