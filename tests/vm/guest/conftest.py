@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from blktrack.units import MIB, SECTOR
+from tests.blockdev import Lab, run
 from tests.vm.compiled import compile_once
 from tests.vm.machines import DELIBERATE, INSIDE
 from tests.vm.matrix import Matrix
@@ -12,6 +14,16 @@ collect_ignore = [] if DELIBERATE in os.environ else ["test_deliberate.py"]
 _MATRIX = Matrix()
 if INSIDE:
     compile_once()
+
+
+@pytest.fixture(scope="session")
+def mapper(attached: Lab) -> None:
+    """A device of device-mapper stays tracked: to verify the programs takes an emulator long."""
+    run("modprobe", "-a", "dm-mod", "dm-delay")
+    size = MIB // SECTOR
+    run("dmsetup", "create", "kept", "--table", f"0 {size} linear {attached.loop(MIB)} 0")
+    attached.stack.callback(run, "dmsetup", "remove", "--retry", "kept")
+    attached.track("/dev/mapper/kept")
 
 
 @pytest.fixture(autouse=True)

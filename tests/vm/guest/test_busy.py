@@ -27,6 +27,7 @@ from tests.oracle import fill, missed, repeating
 pytestmark = [
     pytest.mark.needs("root", "bpf", "dmsetup"),
     pytest.mark.machine("inflight"),
+    pytest.mark.usefixtures("mapper"),
     pytest.mark.timeout(300),
 ]
 
