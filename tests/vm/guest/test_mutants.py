@@ -51,7 +51,7 @@ MUTANTS = {
     "what is in flight is not remembered": Mutant(
         "dm-delay",
         "	error = bpf_map_update_elem(MAP(MAP_INFLIGHT), &key, &entry, BPF_NOEXIST);",
-        "	return 0;",
+        "	return;",
     ),
     "discards are no changes": Mutant(
         "null_blk",
