@@ -79,7 +79,7 @@ def test_mutant_is_noticed(
     for turn in range(3):  # by chance it may not show at once
         with shared.fresh() as inner:
             try:
-                mix(inner, seed + turn, paths, str(inner.name("replica")))
+                mix(inner, seed + turn, paths, str(inner.name("replica")), patient=True)
             except AssertionError as error:
                 said = str(error).splitlines()[0]
                 record_property("measured", f"{name}: {said}")

@@ -94,11 +94,11 @@ def test_stack(
 
 
 def steps(
-    lab: Lab, paths: list[str], seed: int, synced: Callable[[], None]
+    lab: Lab, paths: list[str], seed: int, synced: Callable[[], None], *, patient: bool
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """A short form of tests.workload.phases, for fifty stacks on three kernels.
 
-    synced -- waits for a sync that begins after it is called
+    synced -- waits for a sync that begins after it is called; patient -- for each that may matter
     """
     device = paths[0]
     mixes = [RawMix(path, seed + number) for number, path in enumerate([device, *paths])]
@@ -114,6 +114,8 @@ def steps(
             together([partial(FileMix(folder, seed + n).run, COUNT) for n in range(2)])
             run("sync", "-f", folder)
             rewrite(folder / "rewritten", synced)
+            if patient:  # while it is mounted: later, the page cache of the device is empty
+                synced()
             if discards:
                 trim_mounted(folder)
 
@@ -121,7 +123,7 @@ def steps(
     yield "files", files
 
 
-def mix(lab: Lab, seed: int, paths: list[str], target: str) -> str:
+def mix(lab: Lab, seed: int, paths: list[str], target: str, *, patient: bool = False) -> str:
     device = paths[0]
     fill(device)
     watch = lab.track(device)
@@ -136,7 +138,7 @@ def mix(lab: Lab, seed: int, paths: list[str], target: str) -> str:
         wanted = len(reports) + 2
         wait_until(lambda: len(reports) >= wanted, "two syncs")
 
-    for phase, work in steps(lab, paths, seed, synced):
+    for phase, work in steps(lab, paths, seed, synced, patient=patient):
         with repeating(lambda: reports.append(lab.sync(device, target))):
             work()
         modes = {report.mode: report.reason for report in reports}
