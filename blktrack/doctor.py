@@ -40,6 +40,7 @@ def examine(
         _btf(),
         _bpffs(paths),
         _programs(programs),
+        *_probes(),
         _blkid(),
         _state(paths),
         *([_ssh()] if elsewhere else []),
@@ -146,6 +147,30 @@ def _programs(attempt: Callable[[], object]) -> Check:
         attempt,
         "mend the failures above; if there is none, report this kernel",
     )
+
+
+def _probes() -> list[Check]:
+    """Where programs can be preempted it matters whether there are any."""
+    try:
+        btf = Btf()
+    except (OSError, BlktrackError):  # said above
+        return []
+    try:
+        if not layout.preemptible(btf):
+            return []
+        found = bool(layout.cast(btf))
+    finally:
+        btf.close()
+    return [
+        Check(
+            "kprobes",
+            True,
+            "changes are seen to begin by kprobes, as this kernel preempts programs"
+            if found
+            else "there are none (CONFIG_KPROBE_EVENTS), and this kernel preempts programs: tasks "
+            "that keep a processor busy with writing to LVM, md or zram may lead to resyncs",
+        )
+    ]
 
 
 def _blkid() -> Check:

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from blktrack.bpf import layout
+from blktrack.config import Paths
+from blktrack.doctor import examine
+
 BLKTRACK = f"{sys.executable} -m blktrack"
 
 
@@ -90,3 +94,21 @@ def test_track_mounts_bpffs_by_itself(tmp_path: Path) -> None:
     assert code == 0, err
     assert "tracking" in out
     assert "bpf on /sys/fs/bpf" in out
+
+
+@pytest.mark.needs("root", "bpf")
+@pytest.mark.parametrize(
+    ("preempts", "cast", "says"),
+    [(False, 0, []), (True, 0, ["there are none"]), (True, 1, ["seen to begin by kprobes"])],
+)
+def test_probes_matter_where_programs_are_preempted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempts: bool, cast: int, says: list[str]
+) -> None:
+    monkeypatch.setattr(layout, "preemptible", lambda btf: preempts)
+    monkeypatch.setattr(layout, "cast", lambda btf: cast)
+    report = examine(Paths.below(tmp_path), programs=lambda: None)
+    found = [check for check in report.checks if check.name == "kprobes"]
+    assert [text in check.detail for check, text in zip(found, says, strict=True)] == [True] * len(
+        says
+    )
+    assert all(check.ok for check in found), "tracking is sound all the same"

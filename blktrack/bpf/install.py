@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 from collections.abc import Mapping
 from pathlib import Path
 
 from blktrack import sysfs
-from blktrack.bpf import abi, layout, libbpf
+from blktrack.bpf import abi, libbpf
 from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.kernel import Detached, Kernel, create_inner, remove
 from blktrack.bpf.load import attached, load
@@ -75,10 +76,11 @@ def _attach(pins: Path, names: tuple[str, ...], maps: Mapping[str, int]) -> None
 
 
 def probe() -> None:
-    """Make maps, compile and load every program, and let it all go. BlktrackError if any fails."""
+    """Make maps, compile and load what would be attached, and let it all go. BlktrackError if any
+    of it fails."""
     maps = make_maps()
     try:
-        for fd in load(layout.PROGRAMS, maps).values():
+        for fd in load(itertools.chain(*BY_KIND.values()), maps).values():
             os.close(fd)
     finally:
         for fd in maps.values():
