@@ -130,7 +130,7 @@ def test_nothing_stays(had: type[Watched]) -> None:
 
 
 HARMLESS = "	if (HARMLESS(op))\n		return;\n"
-HARMLESS_BIO = "	if (HARMLESS(op))\n		return 0;\n"
+HARMLESS_BIO = "	if (!its_turn(copy, KIND_BIO, bio) || HARMLESS(op))\n"
 PLACE = "(first - w->start) >> w->shift, (end - 1 - w->start) >> w->shift"
 # What is broken: the text, the text in its place, the kind on which it shows, and how.
 BREAKAGES: dict[str, tuple[str, str, str, dict[str, str]]] = {
@@ -153,8 +153,8 @@ BREAKAGES: dict[str, tuple[str, str, str, dict[str, str]]] = {
         {"punch": "2 MiB of 2 MiB were not seen to begin"},
     ),
     "only the end of a change is marked": (
-        "	mark_request(rq, SUBMITTED, &FIELD(u32, rq, RQ_DATA_LEN));\n",
-        "",
+        "		mark_request(rq, SUBMITTED, &FIELD(u32, rq, RQ_DATA_LEN));\n",
+        "		;\n",
         "loop",
         {"disk": "were not seen to begin", "split": "4 MiB of 4 MiB were not seen to begin"},
     ),
