@@ -53,12 +53,12 @@ def leave(monkeypatch: pytest.MonkeyPatch, awake: dict[str, set[int]]) -> None:
     texts = {text: name for name in awake for text in (name, *layout.COPIES.get(name, ()))}
     seen = dict.fromkeys(awake, 0)
 
-    def loaded(name: str, code: bytes, target: int) -> int:
+    def loaded(name: str, code: bytes, target: int, types: int, functions: bytes) -> int:
         if program := texts.get(name):
             seen[program] += 1
             if seen[program] not in awake[program]:
-                code = NOTHING
-        return loading(name, code, target)
+                return loading(name, NOTHING, target)
+        return loading(name, code, target, types, functions)
 
     monkeypatch.setattr(libbpf, "load_program", loaded)
 

@@ -65,6 +65,10 @@ STATS = np.dtype(
 # Writer: the bio programs; an entry lives from queue to completion. Full: counted as `full`.
 BIO = np.dtype([("sector", "u8"), ("bytes", "u4"), ("dev", "u4"), ("op", "u4"), ("pad", "u4")])
 
+# What a program hands to the function that marks (function.py): sectors that begin or end to
+# change, counted on the whole disk of that slot's window.
+CHANGE = np.dtype([("slot", "u4"), ("plane", "u4"), ("sector", "u8"), ("sectors", "u8")])
+
 _C_TYPES = {"u4": "u32", "u8": "u64"}
 
 
@@ -87,6 +91,7 @@ def _c_struct(name: str, dtype: np.dtype[np.void]) -> str:
 def c_header() -> str:
     """The structs and constants as C, with their sizes asserted."""
     structs = {"window": WINDOW, "windows": WINDOWS, "stats": STATS, "bio_range": BIO}
+    structs["change"] = CHANGE
     constants = {
         "SLOTS": SLOTS,
         "LEVELS": LEVELS,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from blktrack.bpf import abi
+from blktrack.bpf.function import CALL, FUNCTION, INSTRUCTION, joined
 from blktrack.bpf.layout import PROGRAMS
 from blktrack.errors import BlktrackError
 
@@ -19,11 +20,9 @@ _HERE = Path(__file__).parent
 _HEADERS = _HERE / "headers"  # stands in for the kernel headers that bcc looks for
 
 
-# struct bpf_insn (include/uapi/linux/bpf.h).
-_INSTRUCTION = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "<i2"), ("imm", "<i4")])
 _LOAD = 0x18  # BPF_LD | BPF_IMM | BPF_DW: of 64 bits, in two instructions
 _OF_MAP = (1, 2)  # BPF_PSEUDO_MAP_FD, BPF_PSEUDO_MAP_VALUE: what a source register then stands for
-_CALL, _OF_KERNEL = 0x85, 2  # BPF_JMP | BPF_CALL; BPF_PSEUDO_KFUNC_CALL, of a function by BTF id
+_OF_KERNEL = 2  # BPF_PSEUDO_KFUNC_CALL: a call is of a function by BTF id
 _CAST = 1 << 24  # in the text, bpf_rdonly_cast: no helper has such a number
 
 
@@ -40,10 +39,10 @@ def linked(code: bytes, maps: Mapping[str, int], cast: int = 0) -> bytes:
 
     maps -- descriptors by name; cast -- the BTF id of bpf_rdonly_cast, where probes need it
     """
-    made = np.frombuffer(code, dtype=_INSTRUCTION).copy()
+    made = np.frombuffer(code, dtype=INSTRUCTION).copy()
     named = (made["code"] == _LOAD) & np.isin(made["registers"] >> 4, _OF_MAP)
     made["imm"][named] = np.array([maps[name] for name in abi.MAPS])[made["imm"][named]]
-    called = (made["code"] == _CALL) & (made["imm"] == _CAST)
+    called = (made["code"] == CALL) & (made["imm"] == _CAST)
     made["registers"][called] = _OF_KERNEL << 4
     made["imm"][called] = cast
     return made.tobytes()
@@ -65,7 +64,8 @@ def import_bcc() -> tuple[type[Any], Any]:
 
 
 def compile_programs(text: str) -> dict[str, bytes]:
-    """Instructions of every program, for `linked`. BlktrackError if bcc fails."""
+    """Instructions of every program, with the function it calls, for `linked`. BlktrackError if bcc
+    fails."""
     try:
         bpf, lib = import_bcc()
     except ImportError as error:
@@ -79,10 +79,10 @@ def compile_programs(text: str) -> dict[str, bytes]:
             f"bcc cannot compile the tracking programs: {error}",
             hint="its own messages are above; blktrack doctor tells what this host lacks",
         ) from error
-    programs = {}
-    for name in PROGRAMS:
+    code = {}
+    for name in (*PROGRAMS, FUNCTION):
         start = lib.bpf_function_start(module.module, name.encode())
         size = lib.bpf_function_size(module.module, name.encode())
-        programs[name] = ct.string_at(start, size)
+        code[name] = ct.string_at(start, size) if start else b""
     module.cleanup()
-    return programs
+    return {name: joined(code[name], code[FUNCTION]) for name in PROGRAMS}

@@ -21,6 +21,7 @@ PROG_TYPE_KPROBE, PROG_TYPE_TRACING, TRACE_RAW_TP, PERF_EVENT = 2, 26, 23, 41
 F_MMAPABLE, F_INNER_MAP = 1 << 10, 1 << 12
 ANY, NOEXIST = 0, 1
 STATS_RUN_TIME = 0
+_FUNCTION = 8  # bytes of struct bpf_func_info
 _BATCH = 4096  # entries of a hash asked for at once
 
 # Where the kernel has probes: its number for them.
@@ -233,17 +234,27 @@ def values(fd: int, key: int, value: int) -> bytes:
         cursor = ct.create_string_buffer(following.raw, len(following))
 
 
-def load_program(name: str, code: bytes, target: int) -> int:
+def load_btf(types: bytes) -> int:
+    return call("bpf_btf_load", types, ct.c_size_t(len(types)), None)
+
+
+def load_program(
+    name: str, code: bytes, target: int, types: int = 0, functions: bytes = b""
+) -> int:
     """Load a typed raw tracepoint program; `target` is the BTF id of its `btf_trace_*` typedef.
 
-    0 for the program of a probe. ValueError with the end of the verifier's log when the kernel
-    refuses it.
+    0 for the program of a probe. types, functions -- BTF, and struct bpf_func_info of each of
+    several functions. ValueError with the end of the verifier's log when the kernel refuses it.
     """
     log = ct.create_string_buffer(1 << 20)
     options = ProgramOptions(
         sz=ct.sizeof(ProgramOptions),
         expected_attach_type=TRACE_RAW_TP if target else 0,
         attach_btf_id=target,
+        prog_btf_fd=types,
+        func_info=ct.cast(ct.c_char_p(functions), ct.c_void_p),
+        func_info_cnt=len(functions) // _FUNCTION,
+        func_info_rec_size=_FUNCTION if functions else 0,
         log_size=len(log),
         log_buf=ct.cast(log, ct.c_char_p),
     )

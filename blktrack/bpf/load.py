@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from blktrack.bpf import layout, libbpf
+from blktrack.bpf import function, layout, libbpf
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.compile import compile_programs, linked, source
 from blktrack.bpf.programs import copies_of
@@ -22,7 +22,9 @@ def load(names: Iterable[str], maps: Mapping[str, int], *, probes: bool = True) 
     """Compile and load programs for the running kernel: descriptors by the name of their pin."""
     btf = Btf()
     loaded: dict[str, int] = {}
+    types = -1
     try:
+        types = libbpf.load_btf(function.types())
         compiled = compile_programs(source(layout.constants(btf)))
         cast = layout.cast(btf)
         code = {name: linked(each, maps, cast) for name, each in compiled.items()}
@@ -35,7 +37,9 @@ def load(names: Iterable[str], maps: Mapping[str, int], *, probes: bool = True) 
                 first, _ = layout.PROBES[name]
             for pinned, text in zip(copies_of(name), (first, *copies), strict=False):
                 at = 0 if text in _PROBES else target
-                loaded[pinned] = libbpf.load_program(text, code[text], at)
+                loaded[pinned] = libbpf.load_program(
+                    text, code[text], at, types, function.typed(code[text])
+                )
     except (OSError, ValueError) as error:
         for fd in loaded.values():
             os.close(fd)
@@ -44,6 +48,8 @@ def load(names: Iterable[str], maps: Mapping[str, int], *, probes: bool = True) 
         ) from error
     finally:
         btf.close()
+        if types >= 0:
+            os.close(types)
     return loaded
 
 

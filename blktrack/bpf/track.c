@@ -16,16 +16,20 @@
  */
 #include "track.h"
 
+/* The kernel verifies this once in each program, for any change there could be, and not again wherever
+ * it is called: it is a function with types (function.py). */
+__attribute__((noinline)) int mark_change(struct change *c)
+{
+	if (c)
+		mark_window(c);
+	return 0;
+}
+
 /*
  * Discards of several ranges are one request whose first sector and summed length name no range
  * (blk_attempt_req_merge, ELEVATOR_DISCARD_MERGE): walk its bios. All pairs of a bio and a slot are
  * walked by one loop, which keeps the program short for the verifier.
  */
-INLINE struct range bio_range(void *bio)
-{
-	return (struct range){ FIELD(u64, bio, BIO_SECTOR), FIELD(u32, bio, BIO_SIZE) >> 9 };
-}
-
 INLINE void mark_ranges(struct windows *ws, u32 number, u32 plane, void *bio)
 {
 	u32 slot = SLOTS;
@@ -40,7 +44,7 @@ INLINE void mark_ranges(struct windows *ws, u32 number, u32 plane, void *bio)
 
 		if (!bio)
 			return;
-		mark(ws, slot, plane, bio_range(bio));
+		mark(slot, plane, FIELD(u64, bio, BIO_SECTOR), FIELD(u32, bio, BIO_SIZE) >> 9);
 		slot = w->next;
 		if (slot >= SLOTS) {
 			slot = w->first;
@@ -73,7 +77,7 @@ INLINE void mark_request(void *rq, u32 plane, volatile u32 *bytes)
 		mark_ranges(ws, number, plane, bio);
 	else
 		FOR_EACH_SLOT(ws, KIND_REQUEST, number, slot)
-			mark(ws, slot, plane, (struct range){ FIELD(u64, rq, RQ_SECTOR), *bytes >> 9 });
+			mark(slot, plane, FIELD(u64, rq, RQ_SECTOR), *bytes >> 9);
 }
 
 INLINE void issue(void *rq, enum copy copy)
@@ -129,7 +133,7 @@ INLINE void complete(struct windows *ws, volatile struct bio_range *bio, bool la
 	u32 number = bio->dev;
 
 	FOR_EACH_SLOT(ws, KIND_BIO, number, slot) {
-		mark(ws, slot, COMPLETED, (struct range){ bio->sector, bio->bytes >> 9 });
+		mark(slot, COMPLETED, bio->sector, bio->bytes >> 9);
 		if (late)
 			COUNT(slot, late);
 	}
@@ -161,7 +165,7 @@ INLINE void queue(void *bio, enum copy copy)
 		return;
 
 	FOR_EACH_SLOT(ws, KIND_BIO, entry.dev, slot) {
-		mark(ws, slot, SUBMITTED, bio_range(bio));
+		mark(slot, SUBMITTED, entry.sector, bytes >> 9);
 		tracked = true;
 	}
 	if (!tracked)

@@ -89,11 +89,6 @@ INLINE bool its_turn(enum copy copy, u32 kind, void *what)
 #define CHANGES(op) ((op) < 64 && (CHANGE_OPS >> (op) & 1))
 #define HARMLESS(op) ((op) < 64 && (HARMLESS_OPS >> (op) & 1))
 
-struct range {
-	u64 sector;
-	u64 sectors;
-};
-
 INLINE u32 disk_number(void *disk)
 {
 	return FIELD(u32, disk, GENDISK_MAJOR) << 20 | FIELD(u32, disk, GENDISK_FIRST_MINOR);
@@ -156,22 +151,29 @@ INLINE void mark_granules(struct window *w, void *map, u32 plane, u64 first, u64
 	}
 }
 
-/* Mark what of a range lies in the window of `slot`. */
-INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
+/* Mark what of a change lies in the window of its slot. */
+INLINE void mark_window(struct change *c)
 {
-	struct window *w = &ws->window[slot];
-	u64 first = r.sector, end = r.sector + r.sectors;
-	struct stats *s = stats_of(slot);
+	struct windows *ws = VALUE(MAP_WINDOWS);
+	u64 first = c->sector, end = c->sector + c->sectors;
+	u32 slot = c->slot, plane = c->plane;
+	struct window *w;
+	struct stats *s;
 	void *map;
+
+	if (slot >= SLOTS)
+		return;
+	w = &ws->window[slot];
+	s = stats_of(slot);
 
 	/* Plain additions where one program adds: it never runs twice at once on a CPU. Those of bios have
 	 * copies that may disturb each other; their counts are shown, and nothing depends on them. */
 	if (s && plane == SUBMITTED && PREEMPTIBLE)
-		__sync_fetch_and_add(&s->begun, r.sectors << 9);
+		__sync_fetch_and_add(&s->begun, c->sectors << 9);
 	else if (s && plane == SUBMITTED)
-		s->begun += r.sectors << 9;
+		s->begun += c->sectors << 9;
 	if (s && plane == COMPLETED)
-		s->ended += r.sectors << 9;
+		s->ended += c->sectors << 9;
 
 	if (end > w->end) {
 		if (w->whole)
@@ -192,6 +194,15 @@ INLINE void mark(struct windows *ws, u32 slot, u32 plane, struct range r)
 		s->writes++;
 		s->written += (end - first) << 9;
 	}
+}
+
+int mark_change(struct change *c);
+
+INLINE void mark(u32 slot, u32 plane, u64 sector, u64 sectors)
+{
+	struct change c = { slot, plane, sector, sectors };
+
+	mark_change(&c);
 }
 
 /* The slots of one whole disk: one, or more where it or several of its partitions are tracked. */
