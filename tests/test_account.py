@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from blktrack import sync
-from blktrack.bpf import compile
 from blktrack.capture import Source
 from blktrack.errors import ResyncNeeded
 from blktrack.extent import ExtentArray
@@ -16,32 +13,11 @@ from blktrack.report import SyncReport
 from blktrack.tracker.tracking import Swap
 from blktrack.units import KIB, MIB
 from tests import sectors
+from tests.blind import BLIND_TO_BIO, COMPLETE, ISSUE, REMEMBERED, blinded
 from tests.blockdev import Lab, Silent, pairs, read_image, wait_until, write_direct
 from tests.oracle import fill, missed
 
 on_loop = pytest.mark.needs("root", "loop", "bpf")
-COMPLETE = "int blk_rq_complete(u64 *ctx)\n{\n"
-REMEMBERED = "\tif (!found)\n\t\treturn false;\n"
-ISSUE = "int blk_rq_issue(u64 *ctx)\n{\n"
-# Blind to the blocks at 5 MiB, as if the program had not run for them.
-BLIND = "\tif (FIELD(u64, (void *)ctx[0], RQ_SECTOR) == 10240)\n\t\treturn 0;\n"
-BLIND_TO_BIO = "\tif (found->sector == 10240)\n\t\treturn true;\n"
-
-
-def blinded(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, *programs: str, blind: str = BLIND
-) -> None:
-    """Compile programs that overlook some changes."""
-    here = Path(compile.__file__).parent
-    copy = folder / "bpf"
-    copy.mkdir()
-    text = (here / "track.c").read_text()
-    for program in programs:
-        assert program in text
-        text = text.replace(program, program + blind)
-    (copy / "track.c").write_text(text)
-    (copy / "track.h").write_text((here / "track.h").read_text())
-    monkeypatch.setattr(compile, "_HERE", copy)
 
 
 def change(device: str, offset: int, number: int) -> None:
@@ -118,7 +94,7 @@ def test_a_bio_whose_completion_no_program_saw_stays_in_view(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is taken as changed by each drain, until its address is used again."""
-    blinded(monkeypatch, lab.folder, REMEMBERED, blind=BLIND_TO_BIO)
+    blinded(monkeypatch, lab.folder, REMEMBERED, code=BLIND_TO_BIO)
     device = lab.zram(16 * MIB)
     fill(device)
     watch = lab.track(device)

@@ -12,13 +12,17 @@ import pytest
 from numpy.typing import NDArray
 
 from blktrack import bitmap, crash, extent
+from blktrack.bitfile import BitFile
 from blktrack.bitmap import Words
 from blktrack.extent import ExtentArray, from_pairs
 from blktrack.point import Point
 from blktrack.state import LinkState
+from blktrack.tracker import account
 from blktrack.tracker.course import Course
 from blktrack.tracker.link import LinkSets
-from blktrack.tracker.tracking import Swap
+from blktrack.tracker.tracking import Swap, Tracking
+from blktrack.units import SECTOR
+from tests.blind import COMPLETE, blind, blinded
 from tests.blockdev import Lab, told, write_direct
 from tests.sectors import make
 from tests.workload import next_sequence
@@ -29,6 +33,7 @@ UNIT, WHOLE = 4096, 200
 SIZE = WHOLE * UNIT + 512  # the last granule is cut off
 GRANULES = WHOLE + 1
 ROUNDS, MOST = 120, 2000
+UNSEEN = 10  # a granule that no program sees the writes of end
 # Between any two of these the sets of a link and its record may be left.
 STEPS = {
     "catch-up-recorded", "commit-link", "commit-replica", "fill-set", "held-added", "held-cleared",
@@ -62,6 +67,20 @@ def extents_of(bits: Bits) -> ExtentArray:
     words = np.zeros(bitmap.words_for(GRANULES), dtype=np.uint64)
     bitmap.set_bits(words, np.flatnonzero(bits))
     return bitmap.extents(words, UNIT, SIZE)
+
+
+def submitted(tracking: Tracking) -> Words:
+    """What the next drain adds, where a write has ended and no program has seen it."""
+    _, complete = tracking.program_pair()
+    known = account.known(tracking.epoch, tracking.state.slot)
+    now = tracking.counts()
+    assert known and now
+    unseen = now.unended > known.unended
+    if not unseen and not complete.missed_since(tracking.epoch.complete_missed):
+        return np.zeros(tracking.words, dtype=np.uint64)
+    run = tracking.store.run(tracking.state.id)
+    with BitFile(run / "settling", tracking.words) as settling:
+        return tracking.submitted() | settling.words
 
 
 class Far:
@@ -182,7 +201,7 @@ class Far:
         """Nothing that the receiver lacks is forgotten, or thought to be where it is not."""
         self.mortal = False
         with self.watch.open() as tracking, LinkSets(tracking, self.link) as sets:
-            live = tracking.live()
+            live = tracking.live() | submitted(tracking)
             listed = flags(live) | flags(sets.pending.words) | flags(sets.shipping.words)
             held = granules(sets.held_extents())
             assert (flags(sets.union(live)) == listed | held).all()
@@ -194,8 +213,9 @@ class Far:
 
 
 @pytest.fixture
-def far(shared: Lab, seed: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Far]:
-    yield Far(shared, seed, monkeypatch)
+def far(lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Far]:
+    blinded(monkeypatch, lab.folder, COMPLETE, code=blind(UNSEEN * UNIT // SECTOR))
+    yield Far(lab, seed, monkeypatch)
 
 
 def test_no_change_is_lost_between_sets(far: Far) -> None:
@@ -302,5 +322,5 @@ def test_the_sets_are_sets(far: Far) -> None:
             assert (flags(sets.pending.words) == pending).all()
             assert (granules(sets.extents()) == shipping).all()
             assert (granules(sets.held_extents()) == held).all()
-            live = tracking.live()
+            live = tracking.live() | submitted(tracking)
             assert (flags(sets.union(live)) == pending | shipping | held | flags(live)).all()
