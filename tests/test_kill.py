@@ -138,7 +138,7 @@ TAKEN_AFTERWARDS = """
             taken = np.array(self.pending.words)
             self.pending.clear()
             crash.point("mutant")
-            bitmap.or_into(self.shipping.words, taken)
+            bitmap.or_into(self.shipping.reserve(), taken)
 """
 RECORDED_BEFORE_IT_IS_FILLED = """
                     link.phase, link.filled = mode, tracking.state.generation
@@ -182,7 +182,7 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
     ),
     "what is pending is cleared before it is taken": (
         "tracker/link.py",
-        "\n            bitmap.or_into(self.shipping.words, self.pending.words, found)\n",
+        "\n            bitmap.or_into(self.shipping.reserve(found), self.pending.words, found)\n",
         TAKEN_AFTERWARDS,
         Campaign.taken,
         "mutant",

@@ -295,7 +295,7 @@ def test_the_sets_are_sets(far: Far) -> None:
             done = extents_of(random.random(GRANULES) < random.choice([0.02, 0.5]))
             some = granules(done)
             if random.random() < 0.5:
-                bitmap.set_extents(sets.pending.words, UNIT, SIZE, done)
+                bitmap.set_extents(sets.pending.reserve(), UNIT, SIZE, done)
                 pending |= some
             match random.integers(8):
                 case 0:

@@ -72,23 +72,29 @@ class Planes:
         """Words that are set, of each plane: one scan that serves everything below."""
         return [bitmap.nonzero(self.plane(number)) for number in (abi.SUBMITTED, abi.COMPLETED)]
 
-    def merge_into(self, number: int, target: Words, index: Indices | None = None) -> None:
-        """Add the granules of a plane to the bitmap `target`; `index` are its set words."""
-        plane = self.plane(number)
-        if index is None:
-            index = bitmap.nonzero(plane)
-        cuts = np.searchsorted(index, self.geometry.offsets[1:])
-        for level, words in enumerate(np.split(index, cuts)):
-            if not len(words):
-                continue
-            if level == 0:
-                target[words] |= plane[words]
+    def spans(self, number: int, index: Indices) -> tuple[Indices, list[tuple[int, int]]]:
+        """What a plane says of words of granules, `index` being its set words.
+
+        Returns the numbers of those that it has bits for, and (first, count) of those full of bits.
+        """
+        plane, granules = self.plane(number), self.geometry.levels[0]
+        words, *levels = np.split(index, np.searchsorted(index, self.geometry.offsets[1:]))
+        runs: list[tuple[int, int]] = []
+        for level, found in enumerate(levels, start=1):
+            if not len(found):
                 continue
             # A bit of this level is a run of full words of granules.
             part = plane[self.geometry.offsets[level] :][: self.geometry.levels[level]]
-            width = bitmap.BITS ** (level - 1)
-            for start, length in bitmap.extents(part, width, len(target)).tolist():
-                target[start : start + length] = bitmap.ALL
+            runs += bitmap.extents(part, bitmap.BITS ** (level - 1), granules).tolist()
+        return words, runs
+
+    def merge_into(self, number: int, target: Words, index: Indices | None = None) -> None:
+        """Add the granules of a plane to the bitmap `target`; `index` are its set words."""
+        plane = self.plane(number)
+        words, runs = self.spans(number, bitmap.nonzero(plane) if index is None else index)
+        target[words] |= plane[words]
+        for first, count in runs:
+            target[first : first + count] = bitmap.ALL
 
     def any_set(self, number: int) -> bool:
         return bitmap.any_set(self.plane(number))

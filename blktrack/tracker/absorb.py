@@ -28,6 +28,8 @@ from blktrack.units import SECTOR
 if TYPE_CHECKING:
     from blktrack.tracker.tracking import Tracking
 
+_NONE: Indices = np.empty(0, dtype=np.int64)
+
 
 def absorb(device: Tracking) -> str | None:
     """Merge the retired map into every link's pending set, then clear it; or why that is no use."""
@@ -59,8 +61,7 @@ def absorb(device: Tracking) -> str | None:
                 elif missed:
                     _merge(device, abi.SUBMITTED, pending, found)
                     index = settling.nonzero()
-                    pending.reserve(index)
-                    bitmap.or_into(pending.words, settling.words, index)
+                    bitmap.or_into(pending.reserve(index), settling.words, index)
             crash.point("drain-merged")
         _tell_captures(device, found)
         # `inflight` leaves out requests that are done but wait for the softirq that ends them.
@@ -84,8 +85,8 @@ def absorb(device: Tracking) -> str | None:
 
 
 def _merge(device: Tracking, plane: int, target: BitFile, found: list[Indices]) -> None:
-    target.reserve(found[plane])
-    device.retired.merge_into(plane, target.words, found[plane])
+    words = target.reserve(*device.retired.spans(plane, found[plane]))
+    device.retired.merge_into(plane, words, found[plane])
 
 
 def _tell_captures(device: Tracking, found: list[Indices]) -> None:
@@ -106,5 +107,6 @@ def _add_in_flight(device: Tracking, target: BitFile) -> None:
         first, last = max(start, 0), min(start + int(entry["bytes"]), window.length)
         if first < last:
             begin, end = first // size, bitmap.granules_for(last, size)
-            target.reserve(np.arange(begin // bitmap.BITS, bitmap.words_for(end)))
-            bitmap.set_range(target.words, begin, end - begin)
+            low = begin // bitmap.BITS
+            words = target.reserve(_NONE, [(low, bitmap.words_for(end) - low)])
+            bitmap.set_range(words, begin, end - begin)

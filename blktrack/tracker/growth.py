@@ -60,5 +60,5 @@ def _widen(tracking: Tracking, granules: int) -> None:
         BitFile.widen(path, words)
         if path.name == "pending":
             with BitFile(path, words) as pending:
-                pending.reserve(np.arange(first // bitmap.BITS, words))
-                bitmap.set_range(pending.words, first, granules - first)
+                new = pending.reserve(np.arange(first // bitmap.BITS, words))
+                bitmap.set_range(new, first, granules - first)

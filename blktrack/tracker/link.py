@@ -45,8 +45,7 @@ class LinkSets:
         """Move what is pending into the set to ship; all that is to be shipped now."""
         if len(self.shipping.nonzero()) or not self._exchange():
             found = self.pending.nonzero()
-            self.shipping.reserve(found)
-            bitmap.or_into(self.shipping.words, self.pending.words, found)
+            bitmap.or_into(self.shipping.reserve(found), self.pending.words, found)
             crash.point("take-added")
             self.pending.clear()
         crash.point("take-done")
@@ -56,8 +55,7 @@ class LinkSets:
         """The same in a sync that has taken before: only what was pending, and is now to ship."""
         found = self.pending.nonzero()
         extents = bitmap.extents(self.pending.words, self.granularity, self.size, found)
-        self.shipping.reserve(found)
-        bitmap.or_into(self.shipping.words, self.pending.words, found)
+        bitmap.or_into(self.shipping.reserve(found), self.pending.words, found)
         crash.point("more-added")
         self.pending.clear()
         return extents
@@ -87,8 +85,7 @@ class LinkSets:
 
     def fill(self) -> None:
         """Everything has to be shipped or compared."""
-        self.shipping.reserve()
-        bitmap.set_range(self.shipping.words, 0, self.granules)
+        bitmap.set_range(self.shipping.reserve(), 0, self.granules)
         crash.point("fill-set")
         self.pending.clear()
         if held := self._open_held():
@@ -101,7 +98,7 @@ class LinkSets:
 
     def shipped(self, done: ExtentArray) -> None:
         """These extents are durable on the replica."""
-        bitmap.clear_extents(self.shipping.words, self.granularity, self.size, done)
+        self.shipping.clear_extents(self.granularity, self.size, done)
 
     def all_shipped(self) -> None:
         """The replica has all that was taken, and all that was staged for it."""
@@ -120,8 +117,8 @@ class LinkSets:
         held = self._open_held()
         if held is None:
             raise ValueError("there is no set for what a stage holds")
-        held.reserve(bitmap.words_of(self.granularity, self.size, done))
-        bitmap.set_extents(held.words, self.granularity, self.size, done)
+        words = held.reserve(bitmap.words_of(self.granularity, self.size, done))
+        bitmap.set_extents(words, self.granularity, self.size, done)
         crash.point("held-added")
         self.shipped(done)
 
@@ -134,8 +131,7 @@ class LinkSets:
     def give_back(self) -> None:
         """The stage is gone: what it held has to be shipped."""
         if (held := self._open_held()) and len(found := held.nonzero()):
-            self.shipping.reserve(found)
-            bitmap.or_into(self.shipping.words, held.words, found)
+            bitmap.or_into(self.shipping.reserve(found), held.words, found)
             crash.point("held-returned")
             held.clear()
 

@@ -105,8 +105,7 @@ def _restore(store: Store, state: DeviceState) -> None:
         # Drains find a link by `pending`, so that comes last.
         with BitFile(folder / "pending", words, create=True) as pending:
             index = bitmap.nonzero(found)
-            pending.reserve(index)
-            bitmap.or_into(pending.words, found, index)
+            bitmap.or_into(pending.reserve(index), found, index)
     BitFile(store.run(state.id) / "settling", words, create=True).close()
     crash.point("start-restored")
 

@@ -18,7 +18,6 @@ that was set before he began and has not been shipped. Three things need care:
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from blktrack import bitmap, linux
+from blktrack import bitfile, bitmap
 from blktrack.bitmap import Indices, Words
 from blktrack.bpf import abi
 from blktrack.bpf.planes import Planes
 
 CELLS = 256
-_PART = 1 << 20  # bytes of a set read at once
 _EXACT = CELLS * bitmap.BITS  # granules; from here on a word lies in two cells at most
 
 Counts = NDArray[np.int64]
@@ -80,10 +78,10 @@ def scan(
     every, pending, shipping = live.copy() if links else live, {}, False
     for link, folder in links.items():
         found = live.copy() if len(links) > 1 else every
-        there = _add(folder / "pending", found) is not None
-        _add(folder / "held", found)
-        some = _add(folder / "shipping", found)
-        _add(folder / "held", found)
+        there = bitfile.add(folder / "pending", found) is not None
+        bitfile.add(folder / "held", found)
+        some = bitfile.add(folder / "shipping", found)
+        bitfile.add(folder / "held", found)
         shipping |= bool(some)
         pending[link] = _count(found) if there and some is not None else None
         if len(links) > 1:
@@ -105,28 +103,6 @@ def scan(
 def _merge(maps: Sequence[Planes], target: Words) -> None:
     for planes in maps:
         planes.merge_into(abi.COMPLETED, target)
-
-
-def _add(path: Path, target: Words) -> bool | None:
-    """Add the set in a file to `target`: whether it held any bit; None if there is no such file."""
-    found = False
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        for start, length in linux.data_extents(fd):
-            for at in range(start, min(start + length, target.nbytes), _PART):
-                raw = os.pread(fd, min(_PART, start + length - at), at)
-                part = np.frombuffer(raw, dtype=np.uint64, count=len(raw) // 8)
-                room = target[at // 8 :][: len(part)]
-                room |= part[: len(room)]
-                found = found or bool(part.any())
-    except OSError:  # cut off since its extents were asked for
-        return found
-    finally:
-        os.close(fd)
-    return found
 
 
 def popcount(words: Words) -> Counts:
