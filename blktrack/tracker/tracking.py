@@ -65,7 +65,7 @@ class Tracking:
             assert epoch is not None
             self.epoch = epoch
             try:
-                reason = self._open() or self._lost()
+                reason = self._open()
             except Detached as error:
                 reason = str(error)
             except BlktrackError:
@@ -87,20 +87,16 @@ class Tracking:
         )
 
     def _open(self) -> str | None:
+        """Why it is of no use: it is another's, or something went unseen by now, as far as that is
+        told without a swap."""
         self.kernel = Kernel(self.store.paths.pins)
-        if reason := doubt.of_programs(self.state, self.kernel.programs(self.window.kind)):
-            return reason
+        submit, complete = self.program_pair()
         if reason := doubt.of_window(self.state, self.kernel, set(self.state.maps)):
             return reason
         self.active, self.retired = self.kernel.planes(self.state.slot, self.window.geometry)
-        return doubt.of_window(self.state, self.kernel, {self.active.id, self.retired.id})
-
-    def _lost(self) -> str | None:
-        """What went unseen by now, as far as it is told without a swap."""
-        assert self.kernel
-        submit, complete = self.program_pair()
         return (
-            doubt.of_counters(self.kernel.stats(self.state.slot), growing=self.grown)
+            doubt.of_window(self.state, self.kernel, {self.active.id, self.retired.id})
+            or doubt.of_counters(self.kernel.stats(self.state.slot), growing=self.grown)
             or doubt.of_misses(self.epoch, submit, complete, bio=self.bio)
             or doubt.of_table(self.epoch.table, mapper.table(self.device))
         )
