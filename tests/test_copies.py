@@ -138,6 +138,23 @@ def test_what_the_first_does_not_see_is_caught(
 
 
 @kinds
+def test_what_was_seen_is_forgotten_with_its_end(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The last copy, which forgets it, may not be run. What has its address next is another."""
+    begins, _ = BY_KIND[KINDS[kind]]
+    leave(monkeypatch, {begins: {1, 2}})
+    device = device_of(lab, kind)
+    lab.track(device)
+    for number in range(5):
+        write_direct(device, number * MIB, bytes(4 * KIB))
+    with Kernel(lab.store.paths.pins) as kernel:
+        seen = kernel.maps["seen"]
+        # Other disks of the host may have something in flight at any moment.
+        wait_until(lambda: not libbpf.values(seen, 8, 4), "nothing to be remembered as seen")
+
+
+@kinds
 def test_each_change_counts_once(lab: Lab, kind: str) -> None:
     device = device_of(lab, kind)
     watch = lab.track(device)
