@@ -137,14 +137,11 @@ def test_what_the_first_does_not_see_is_caught(
         os.close(stats)
 
 
-@kinds
-def test_what_was_seen_is_forgotten_with_its_end(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_what_was_seen_is_forgotten_with_its_end(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last copy, which forgets it, may not be run. What has its address next is another."""
-    begins, _ = BY_KIND[KINDS[kind]]
+    begins, _ = BY_KIND[abi.KIND_REQUEST]
     leave(monkeypatch, {begins: {1, 2}})
-    device = device_of(lab, kind)
+    device = lab.loop(16 * MIB)
     lab.track(device)
     for number in range(5):
         write_direct(device, number * MIB, bytes(4 * KIB))
@@ -152,6 +149,17 @@ def test_what_was_seen_is_forgotten_with_its_end(
         seen = kernel.maps["seen"]
         # Other disks of the host may have something in flight at any moment.
         wait_until(lambda: not libbpf.values(seen, 8, 4), "nothing to be remembered as seen")
+
+
+@kinds
+def test_without_room_to_remember_what_was_seen(
+    lab: Lab, seed: int, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Each copy does all of it then."""
+    monkeypatch.setattr(abi, "SEEN", 1)
+    begins, _ = BY_KIND[KINDS[kind]]
+    leave(monkeypatch, {begins: {1, 2}})  # so that the room stays taken
+    assert changes(lab, device_of(lab, kind), seed) == 0
 
 
 @kinds

@@ -15,8 +15,9 @@
  * Where programs can be preempted (layout.py), the kernel does not run the first of several copies for
  * some events, and counts them. `caught` is how many of those a later copy was run for; by as many as
  * it is behind, all copies missed one. What an event is about is in `seen` from the first copy that is
- * run to the last one, or, should that be skipped, until it ends. What was found there by mistake would
- * not be caught, which is a doubt.
+ * run to the last one, or, should that be skipped, until it ends. Bios of request-based disks stay then:
+ * their ends are traced as those of requests alone (blk_update_request). What is found there by mistake
+ * is not caught, which is a doubt; when there is no room for more, each copy does what is to be done.
  *
  * Included after the generated header (abi.py, layout.py), which defines the structs, the field
  * offsets and enum values of the running kernel, and MAP_* for the maps.
