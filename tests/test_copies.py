@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from blktrack.bpf import abi, compile, layout, libbpf, load
+from blktrack.bpf import abi, compile, layout, libbpf, load, structs
 from blktrack.bpf.kernel import Kernel
 from blktrack.bpf.programs import BY_KIND, Program
 from blktrack.tracker import tracking
@@ -253,7 +253,7 @@ def test_a_doubt_is_only_what_stays_missed(
 def test_what_all_copies_missed(
     monkeypatch: pytest.MonkeyPatch, skipped: tuple[int, ...], caught: int | None, missed: int
 ) -> None:
-    def info(fd: int, kind: type[libbpf.ProgramInfo]) -> libbpf.ProgramInfo:
+    def info(fd: int, kind: type[structs.ProgramInfo]) -> structs.ProgramInfo:
         return kind(recursion_misses=skipped[fd])
 
     monkeypatch.setattr(libbpf, "info", info)
@@ -297,7 +297,7 @@ def test_without_probes_copies_are_alone(lab: Lab, monkeypatch: pytest.MonkeyPat
     def described(fd: int, kind: type[ct.Structure]) -> Any:
         """The program that sees bios begin is a probe, until it is refused as one."""
         told = info(fd, kind)
-        if kind is libbpf.ProgramInfo and told.name == BIO_QUEUE.encode()[:15] and not asked:
+        if kind is structs.ProgramInfo and told.name == BIO_QUEUE.encode()[:15] and not asked:
             told.type = libbpf.PROG_TYPE_KPROBE
         return told
 

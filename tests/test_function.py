@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from blktrack.bpf import libbpf, load
+from blktrack.bpf import libbpf, load, structs
 from blktrack.bpf.function import CALL, INSTRUCTION, function_of, joined, typed
 from blktrack.bpf.install import make_maps
 from blktrack.bpf.programs import BY_KIND
@@ -41,7 +41,7 @@ def test_the_function_is_verified_once() -> None:
     try:
         programs = load.load(names, maps)
         looked = {
-            name: libbpf.info(fd, libbpf.ProgramInfo).verified_insns
+            name: libbpf.info(fd, structs.ProgramInfo).verified_insns
             for name, fd in programs.items()
         }
         for fd in programs.values():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blktrack.bpf import abi, install, kernel, layout, libbpf, load
+from blktrack.bpf import abi, install, kernel, layout, libbpf, load, structs
 from blktrack.bpf.programs import BY_KIND
 from blktrack.config import Paths
 
@@ -25,7 +25,7 @@ def verified() -> Iterator[dict[str, int]]:
     try:
         programs = load.load(layout.PROGRAMS, maps)
         yield {
-            name: libbpf.info(fd, libbpf.ProgramInfo).verified_insns
+            name: libbpf.info(fd, structs.ProgramInfo).verified_insns
             for name, fd in programs.items()
         }
     finally:

@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from blktrack.bpf import abi, libbpf
+from blktrack.bpf import abi, libbpf, structs
 from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.planes import Geometry, Planes, Reading, possible_cpus, stats_reader
 from blktrack.bpf.programs import BY_KIND, Program, pinned_copies
@@ -110,7 +110,7 @@ class Kernel:
                 except OSError as error:
                     raise _missing(f"program {copy} is no longer pinned", error) from error
                 try:
-                    info = libbpf.info(link, libbpf.LinkInfo)
+                    info = libbpf.info(link, structs.LinkInfo)
                     programs.append(libbpf.program_by_id(info.prog_id))
                     links.append(info.id)
                 finally:

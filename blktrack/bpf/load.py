@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from blktrack.bpf import function, layout, libbpf
+from blktrack.bpf import function, layout, libbpf, structs
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.compile import compile_programs, linked, source
 from blktrack.bpf.programs import copies_of
@@ -67,7 +67,7 @@ def _attached(programs: Mapping[str, int]) -> dict[str, int]:
     links: dict[str, int] = {}
     try:
         for name, program in programs.items():
-            if libbpf.info(program, libbpf.ProgramInfo).type == libbpf.PROG_TYPE_KPROBE:
+            if libbpf.info(program, structs.ProgramInfo).type == libbpf.PROG_TYPE_KPROBE:
                 links[name] = _probed(program, layout.PROBES[name][1])
             else:
                 links[name] = libbpf.attach(program)

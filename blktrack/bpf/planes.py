@@ -12,7 +12,7 @@ import numpy as np
 
 from blktrack import bitmap
 from blktrack.bitmap import Indices, Words
-from blktrack.bpf import abi, libbpf
+from blktrack.bpf import abi, libbpf, structs
 
 _PAGE_WORDS = mmap.PAGESIZE // 8
 
@@ -61,7 +61,7 @@ class Planes:
     @cached_property
     def id(self) -> int:
         """The kernel's number of the map, which tells maps apart."""
-        return int(libbpf.info(self.fd, libbpf.MapInfo).id)
+        return int(libbpf.info(self.fd, structs.MapInfo).id)
 
     def plane(self, number: int) -> Words:
         """All levels of a plane, raw."""

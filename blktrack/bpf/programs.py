@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from blktrack.bpf import abi, libbpf
+from blktrack.bpf import abi, libbpf, structs
 
 # What sees a change begin, then what sees it end.
 BY_KIND = {
@@ -40,7 +40,7 @@ class Program:
         missed as are by the best of them, at most.
         """
         before = caught() if caught else 0
-        told: list[libbpf.ProgramInfo] = [libbpf.info(fd, libbpf.ProgramInfo) for fd in programs]
+        told: list[structs.ProgramInfo] = [libbpf.info(fd, structs.ProgramInfo) for fd in programs]
         skipped = tuple(info.recursion_misses for info in told)
         return cls(
             tuple(links),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from blktrack.bpf import libbpf
+from blktrack.bpf import libbpf, structs
 from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.kernel import Detached, Kernel
 from blktrack.bpf.planes import Geometry, Planes
@@ -138,7 +138,7 @@ class View:
             try:
                 link = libbpf.open_pin(path)
                 try:
-                    info = libbpf.info(link, libbpf.LinkInfo)
+                    info = libbpf.info(link, structs.LinkInfo)
                     known = _Attached(stamp, info.id, libbpf.program_by_id(info.prog_id))
                 finally:
                     os.close(link)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blktrack.bpf import abi, compile, layout, libbpf
+from blktrack.bpf import abi, compile, layout, libbpf, structs
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.kernel import Kernel
 from blktrack.bpf.programs import BY_KIND
@@ -111,7 +111,7 @@ def _tallies(pins: Kernel, empty: dict[str, int]) -> dict[str, Tally]:
         "complete": Tally(ours[COMPLETE].runs, ours[COMPLETE].run_ns),
     }
     for name, fd in empty.items():
-        info = libbpf.info(fd, libbpf.ProgramInfo)
+        info = libbpf.info(fd, structs.ProgramInfo)
         tallies[name] = Tally(info.run_cnt, info.run_time_ns)
     return tallies
 
