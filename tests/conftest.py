@@ -8,6 +8,7 @@ import random
 import pytest
 
 from tests import reached  # before anything that imports blktrack
+from tests.compiled import compile_once
 from tests.needs import PROBES, Needs
 
 pytest.register_assert_rewrite("tests.blockdev")
@@ -19,6 +20,7 @@ if reached.GUEST not in os.environ:  # an emulated processor takes ten seconds t
     # A shared machine may stall any single example; the time limit of a test is pytest-timeout's.
     settings.register_profile("blktrack", deadline=None, print_blob=True)
     settings.load_profile("blktrack")
+    compile_once()
 
 NEEDS = Needs()
 SEED = int(os.environ.get("BLKTRACK_SEED") or random.SystemRandom().randrange(2**32))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes as ct
 import errno
-import functools
 import itertools
 import os
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from blktrack.bpf import abi, compile, layout, libbpf, load, structs
+from blktrack.bpf import abi, layout, libbpf, structs
 from blktrack.bpf.kernel import Kernel
 from blktrack.bpf.programs import BY_KIND, Program
 from blktrack.tracker import tracking
@@ -31,14 +30,12 @@ TRIES, ENOUGH = 300, 3  # a bio on the stack of a task has one of some dozens of
 # What the kernel's skipping a program comes to: r0 = 0; exit.
 NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
 kinds = pytest.mark.parametrize("kind", KINDS)
-_compiled = functools.cache(compile.compile_programs)  # of one text: it takes longer than the tests
 
 
 @pytest.fixture(autouse=True)
 def copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a kernel whose tracepoints can be preempted, whatever this one is."""
     monkeypatch.setattr(layout, "preemptible", lambda btf: True)
-    monkeypatch.setattr(load, "compile_programs", _compiled)
 
 
 @pytest.fixture

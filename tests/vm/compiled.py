@@ -5,12 +5,12 @@ Only in the process that asks for it: the command line, run as a program, compil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
 from blktrack.bpf import compile, load
+from tests.compiled import key
 from tools.vm.initramfs import KEPT
 
 
@@ -20,9 +20,7 @@ def compile_once() -> None:
 
 
 def _kept(text: str) -> dict[str, bytes]:
-    headers = (path.read_bytes() for path in sorted(compile._HERE.rglob("*.h")))
-    digest = hashlib.sha256(b"".join([os.uname().release.encode(), text.encode(), *headers]))
-    path = Path(KEPT) / f"programs-{digest.hexdigest()[:16]}"
+    path = Path(KEPT) / f"programs-{key(text)}"
     if not path.exists():
         found = {name: code.hex() for name, code in compile.compile_programs(text).items()}
         new = path.with_name(f"{path.name}.{os.urandom(4).hex()}")
