@@ -1,6 +1,6 @@
-"""Runs what is chosen of guest/: a machine for each kernel and row of MACHINES, two at a time.
+"""Runs what is chosen of guest/: a machine for each kernel and row of MACHINES, three at a time.
 
-While tests drive machines of their own, these count as one of the two. A machine that is done is
+While tests drive machines of their own, these count as one of the three. A machine that is done is
 removed with its disks, unless a test failed in it: then its folder stays below `failed` in the
 cache, until the next one of its name fails.
 """
@@ -32,7 +32,8 @@ from tools.vm import kernels, packages
 from tools.vm.machine import Machine, MachineError
 from tools.vm.packages import FetchError
 
-AT_ONCE = int(os.environ.get("BLKTRACK_VM_JOBS") or min(2, os.cpu_count() or 1))
+# One more than two processors: a machine waits for its disks and its timers at times.
+AT_ONCE = int(os.environ.get("BLKTRACK_VM_JOBS") or min(3, (os.cpu_count() or 1) + 1))
 PASSED = ("CI", DELIBERATE)  # to the tests inside
 _NUMBERS = itertools.count()
 
