@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from blktrack import sync
@@ -43,6 +45,23 @@ def test_a_completion_that_no_program_saw_is_covered(
     watch.take()
     change(device, 11 * MIB, 5)
     assert pairs(watch.take()) == [(11 * MIB, 4 * KIB)]
+
+
+@on_loop
+def test_without_the_kernels_count_what_begins_counts_as_changed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blinded(monkeypatch, lab.folder, COMPLETE)
+    device = lab.loop(16 * MIB)
+    iostats = Path(f"/sys/block/{Path(device).name}/queue/iostats")
+    lab.stack.callback(iostats.write_text, "1", encoding="ascii")
+    iostats.write_text("0", encoding="ascii")
+    fill(device)
+    watch = lab.track(device)
+    for number in range(1, 4):
+        before = read_image(device)
+        change(device, 5 * MIB, number)
+        assert not len(missed(before, read_image(device), watch.take()))
 
 
 @on_loop

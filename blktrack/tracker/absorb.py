@@ -4,11 +4,12 @@ Completions that no program saw are covered, without a doubt, by what is known o
 
 - On a bio-based device by the table of what is in flight, in which they stay: each drain takes its
   entries as changed.
-- On a request-based one by the submitted planes. A completion that went unseen belongs to a write
-  submitted in this epoch or before: `settling` keeps what was, until nothing is in flight. Nothing
-  in flight after a swap means that all earlier epochs' writes have ended (a dispatcher still
-  between its issue event and the count of `inflight` keeps the swap waiting, as both lie in one
-  RCU section; where the driver may sleep, the epoch kept in any case covers it).
+- On a request-based one by the submitted planes, where the kernel's own count tells of it or there
+  is no such count (account.py). A completion that went unseen belongs to a write submitted in this
+  epoch or before: `settling` keeps what was, until nothing is in flight. Nothing in flight after a
+  swap means that all earlier epochs' writes have ended (a dispatcher still between its issue event
+  and the count of `inflight` keeps the swap waiting, as both lie in one RCU section; where the
+  driver may sleep, the epoch kept in any case covers it).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def absorb(device: Tracking) -> str | None:
         return reason
     found = retired.nonzero()
     missed = complete.missed_since(epoch.complete_missed) > 0
-    missed = missed or bool(known and now and now.unended > known.unended)
+    if not missed and not device.bio:
+        missed = known is None or now is None or now.unended > known.unended
     with BitFile(device.store.run(device.state.id) / "settling", device.words) as settling:
         for path in device.store.link_files(device.state.id, "pending"):
             with BitFile(path, device.words) as pending:
