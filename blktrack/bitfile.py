@@ -149,7 +149,8 @@ class BitFile:
             self._words[index] = 0
         else:
             linux.punch_hole(self._fd, HEAD, self.size)
-            self._pages[:] = 0
+            # Not the last one that is cut off: the set may be longer by now, and more be in it.
+            bitmap.clear_range(self._pages, 0, self.size // linux.PAGE)
 
     def close(self) -> None:
         self._words = self._pages = np.empty(0, dtype=np.uint64)

@@ -120,6 +120,24 @@ def test_a_set_becomes_longer(path: Path) -> None:
         assert not bitfile.add(path, copy)
 
 
+def test_who_sees_less_of_a_set_takes_no_more_away(path: Path) -> None:
+    """As a sync under way, of a device that has grown meanwhile."""
+    words = 3 * PAGE_WORDS + 5
+    seen = np.array([1, words - 1])
+    others = np.array([words, 4 * PAGE_WORDS - 1, 4 * PAGE_WORDS, WORDS - 1])
+    with BitFile(path, words, create=True) as made:
+        for turn in range(3):
+            BitFile.widen(path, WORDS)
+            with BitFile(path, WORDS) as longer:
+                longer.reserve(others)[others] = bitmap.ALL
+            if turn < 2:
+                made.reserve(seen)[seen] = 1
+                assert made.nonzero().tolist() == seen.tolist()
+            made.clear()
+            with BitFile(path, WORDS) as longer:
+                assert longer.nonzero().tolist() == others.tolist()
+
+
 def test_one_of_another_form(path: Path) -> None:
     path.write_bytes(bytes(WORDS * 8))
     with pytest.raises(BlktrackError, match="shorter"):
