@@ -6,7 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -129,10 +129,7 @@ class BitFile:
 
     def nonzero(self) -> Indices:
         """Numbers of the words that are set."""
-        found = [
-            bitmap.nonzero(self._words[first : first + count]) + first
-            for first, count in _reserved(self._pages, len(self._words))
-        ]
+        found = [bitmap.nonzero(part) + at for at, part in _parts(self._fd, len(self._words))]
         return np.concatenate(found) if found else _NOWHERE
 
     def clear_extents(self, granularity: int, size: int, done: ExtentArray) -> None:
@@ -149,8 +146,9 @@ class BitFile:
             self._words[index] = 0
         else:
             linux.punch_hole(self._fd, HEAD, self.size)
-            # Not the last one that is cut off: the set may be longer by now, and more be in it.
-            bitmap.clear_range(self._pages, 0, self.size // linux.PAGE)
+            if _read(self._fd, 0, len(self._pages)).any():
+                # Not the last if it is cut off: the set may be longer by now, and more be in it.
+                bitmap.clear_range(self._pages, 0, self.size // linux.PAGE)
 
     def close(self) -> None:
         self._words = self._pages = np.empty(0, dtype=np.uint64)
@@ -171,10 +169,15 @@ def _page_words(words: int) -> int:
     return bitmap.words_for(max(-(-words // _PAGE_WORDS), 1))
 
 
-def _reserved(pages: Words, words: int) -> list[tuple[int, int]]:
-    """(first, count) of the words in the pages that are noted."""
-    runs: list[tuple[int, int]] = bitmap.extents(pages, _PAGE_WORDS, words).tolist()
-    return runs
+def _parts(fd: int, words: int) -> Iterator[tuple[int, Words]]:
+    """What is in the pages that are noted: number of the first word, words as they are.
+
+    By reading: a look at a hole through memory takes a page for it, which may be the last.
+    """
+    pages = _read(fd, 0, _page_words(words))
+    for first, count in bitmap.extents(pages, _PAGE_WORDS, words).tolist():
+        for at in range(first, first + count, _PART):
+            yield at, _read(fd, HEAD + at * 8, min(_PART, first + count - at))
 
 
 def add(path: Path, target: Words) -> bool | None:
@@ -188,12 +191,9 @@ def add(path: Path, target: Words) -> bool | None:
         return None
     found = False
     try:
-        pages = _read(fd, 0, _page_words(len(target)))
-        for first, count in _reserved(pages, len(target)):
-            for at in range(first, first + count, _PART):
-                part = _read(fd, HEAD + at * 8, min(_PART, first + count - at))
-                target[at : at + len(part)] |= part
-                found = found or bool(part.any())
+        for at, part in _parts(fd, len(target)):
+            target[at : at + len(part)] |= part
+            found = found or bool(part.any())
     except OSError:  # cut off meanwhile
         return found
     finally:

@@ -26,6 +26,12 @@ def test_calls_lead_to_the_function() -> None:
     assert struct.unpack("<IIII", typed(code))[::2] == (0, 4)
 
 
+def test_a_call_of_another_function_is_refused() -> None:
+    near = np.array([(CALL, 0x10, 0, 1)], dtype=INSTRUCTION).tobytes()
+    with pytest.raises(ValueError, match="another function than mark_change"):
+        joined(near + EXIT + EXIT, EXIT)
+
+
 def test_a_program_that_calls_no_function_has_none() -> None:
     code = joined(TO_HELPER + EXIT, EXIT)
     assert code == TO_HELPER + EXIT

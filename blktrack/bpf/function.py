@@ -20,6 +20,7 @@ FUNCTION = "mark_change"
 INSTRUCTION = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "<i2"), ("imm", "<i4")])
 CALL = 0x85  # BPF_JMP | BPF_CALL
 _LOCAL = 1  # BPF_PSEUDO_CALL: of a function as far from the next instruction as `imm` says
+_UNKNOWN = -1  # how far the compiler says it is to one in another section
 
 # enum BTF_KIND_* (include/uapi/linux/btf.h).
 _INT, _POINTER, _STRUCT, _FUNCTION, _PROTOTYPE = 1, 2, 4, 12, 13
@@ -29,11 +30,13 @@ _FUNCTION_ID, _PROGRAM_ID = 5, 8  # types are numbered from 1, as `types` lists 
 
 def joined(code: bytes, function: bytes) -> bytes:
     """A program with the function behind it and its calls, of which the compiler knows no target,
-    made calls of that. As it is if it calls none."""
+    made calls of that. As it is if it calls none. ValueError if it calls another."""
     made = np.frombuffer(code + function, dtype=INSTRUCTION).copy()
     calls = _calls(made)
     if not len(calls):
         return code
+    if (made["imm"][calls] != _UNKNOWN).any():
+        raise ValueError(f"a program calls another function than {FUNCTION}")
     made["imm"][calls] = len(code) // INSTRUCTION.itemsize - calls - 1
     return made.tobytes()
 

@@ -104,11 +104,17 @@ def _add_in_flight(device: Tracking, target: BitFile) -> None:
     """Take as changed what a bio-based device has in flight, and all that seems to be."""
     assert device.kernel
     window, size = device.window, device.state.granularity
+    ranges = []
     for entry in device.kernel.in_flight(window.disk):
         start = int(entry["sector"]) * SECTOR - window.start
         first, last = max(start, 0), min(start + int(entry["bytes"]), window.length)
         if first < last:
-            begin, end = first // size, bitmap.granules_for(last, size)
-            low = begin // bitmap.BITS
-            words = target.reserve(_NONE, [(low, bitmap.words_for(end) - low)])
-            bitmap.set_range(words, begin, end - begin)
+            begin = first // size
+            ranges.append((begin, bitmap.granules_for(last, size) - begin))
+    runs = [
+        (first // bitmap.BITS, bitmap.words_for(first + count) - first // bitmap.BITS)
+        for first, count in ranges
+    ]
+    words = target.reserve(_NONE, runs)
+    for first, count in ranges:
+        bitmap.set_range(words, first, count)
