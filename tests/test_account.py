@@ -12,7 +12,7 @@ from blktrack.errors import ResyncNeeded
 from blktrack.extent import ExtentArray
 from blktrack.options import Options
 from blktrack.report import SyncReport
-from blktrack.tracker.tracking import Swap
+from blktrack.tracker.tracking import Gap, Swap
 from blktrack.units import KIB, MIB
 from tests import sectors
 from tests.blind import BLIND_TO_BIO, COMPLETE, ISSUE, REMEMBERED, blinded
@@ -62,6 +62,21 @@ def test_without_the_kernels_count_what_begins_counts_as_changed(
         before = read_image(device)
         change(device, 5 * MIB, number)
         assert not len(missed(before, read_image(device), watch.take()))
+
+
+@on_loop
+@pytest.mark.parametrize("again", [False, True])
+def test_a_count_that_is_switched_off_is_a_doubt(shared: Lab, again: bool) -> None:
+    device = shared.loop(16 * MIB)
+    watch = shared.track(device)
+    iostats = Path(f"/sys/block/{Path(device).name}/queue/iostats")
+    shared.stack.callback(iostats.write_text, "1", encoding="ascii")
+    iostats.write_text("0", encoding="ascii")
+    change(device, 5 * MIB, 1)
+    if again:
+        iostats.write_text("1", encoding="ascii")
+    with pytest.raises(Gap, match="the kernel did not count all its writes"):
+        watch.take()
 
 
 @on_loop

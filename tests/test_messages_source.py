@@ -61,10 +61,10 @@ def test_a_device_that_cannot_be_opened(shared: Lab) -> None:
 
 def test_a_kernel_that_counts_nothing(shared: Lab) -> None:
     device = shared.loop(SIZE)
-    shared.track(device)
     counts = Path(f"/sys/block/{Path(device).name}/queue/iostats")
     before = counts.read_text(encoding="ascii")
     counts.write_text("0", encoding="ascii")
+    shared.track(device)
     try:
         assert_in_use(shared, device, "the kernel keeps no count of its writes (queue/iostats")
     finally:

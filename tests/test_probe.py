@@ -177,8 +177,8 @@ BREAKAGES: dict[str, tuple[str, str, str, dict[str, str]]] = {
         {"disk": "not seen to", "page-cache": "not seen to", "flush": "not seen to"},
     ),
     "more is marked than was changed": (
-        "	u64 first = r.sector, end = r.sector + r.sectors;\n",
-        "	u64 first = r.sector, end = r.sector + r.sectors + 1024;\n",
+        "	u64 first = c->sector, end = c->sector + c->sectors;\n",
+        "	u64 first = c->sector, end = c->sector + c->sectors + 1024;\n",
         "loop",
         {"disk": "a change was seen to begin at byte ", "split": "where there was none"},
     ),

@@ -83,7 +83,13 @@ def of_counters(stats: dict[str, int], *, growing: bool = False) -> str | None:
 
 
 def of_account(before: Account | None, now: Account | None) -> str | None:
-    """Changes seen to begin are covered by the submitted planes; others are not."""
+    """Changes seen to begin are covered by the submitted planes; others are not.
+
+    before -- None where the kernel kept no count when tracking began. One that is not kept now, or
+    is less than it was, left changes out.
+    """
+    if before and (now is None or (now.exact and now.unended < before.unended)):
+        return "the kernel did not count all its writes (queue/iostats was 0)"
     if before and now and now.unended > before.unended and now.unbegun > before.unbegun:
         count = now.unbegun - before.unbegun
         return f"{format_size(count)} of changes were seen by the kernel alone"
