@@ -7,7 +7,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,6 +279,22 @@ def test_a_device_that_grew_goes_on_in_its_generation(shared: Lab) -> None:
     refused = shared.blktrack("sync", device, small)
     assert refused.code == 1
     assert "too small" in refused.err or "smaller" in refused.err
+
+
+def test_a_count_that_is_behind_for_a_moment_is_no_doubt(
+    shared: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program comes first: a processor that is held after it has yet to count the same end."""
+    watch = shared.track(shared.loop(16 * MIB))
+    take, held = account.take, [True, True]
+
+    def told(*of: Any) -> account.Account:
+        now = take(*of)
+        return replace(now, unended=now.unended - 4 * KIB) if held and held.pop() else now
+
+    monkeypatch.setattr(account, "take", told)
+    watch.drain()
+    assert not held
 
 
 def test_changes_in_flight_do_not_look_unseen_later(

@@ -90,8 +90,13 @@ def _c_struct(name: str, dtype: np.dtype[np.void]) -> str:
 
 def c_header() -> str:
     """The structs and constants as C, with their sizes asserted."""
-    structs = {"window": WINDOW, "windows": WINDOWS, "stats": STATS, "bio_range": BIO}
-    structs["change"] = CHANGE
+    structs = {
+        "window": WINDOW,
+        "windows": WINDOWS,
+        "stats": STATS,
+        "bio_range": BIO,
+        "change": CHANGE,
+    }
     constants = {
         "SLOTS": SLOTS,
         "LEVELS": LEVELS,

@@ -24,8 +24,8 @@ from blktrack.tracker.absorb import absorb
 from blktrack.tracker.account import Account
 from blktrack.tracker.generation import end, window_of
 
-# Seconds that a task may be kept from the next copy of a program before what it has to catch there
-# counts as missed.
+# Seconds that a task may be kept from the next copy of a program, or from the kernel's own count,
+# before what it has to catch or to count there is taken as missed.
 _CATCHING = 0.2
 BEGIN_ANEW = "run blktrack sync: it begins anew and resyncs the replica"
 
@@ -149,7 +149,14 @@ class Tracking:
         known = account.known(self.epoch, self.state.slot)
         if known is None or not account.available(self.device):
             return None
-        return account.take(self.device, self.kernel.stats_reader(self.state.slot))
+        until = time.monotonic() + _CATCHING
+        while True:
+            now = account.take(self.device, self.kernel.stats_reader(self.state.slot))
+            # A processor may be held between the program and the kernel's count of the same end.
+            behind = now.exact and now.unended < known.unended
+            if not behind or time.monotonic() > until:
+                return now
+            time.sleep(0.001)
 
     def program_pair(self) -> tuple[Program, Program]:
         """The submission and the completion program as they are now. Gap if they are others."""
