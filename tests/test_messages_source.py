@@ -63,8 +63,8 @@ def test_a_kernel_that_counts_nothing(shared: Lab) -> None:
     device = shared.loop(SIZE)
     counts = Path(f"/sys/block/{Path(device).name}/queue/iostats")
     before = counts.read_text(encoding="ascii")
-    counts.write_text("0", encoding="ascii")
     shared.track(device)
+    counts.write_text("0", encoding="ascii")
     try:
         assert_in_use(shared, device, "the kernel keeps no count of its writes (queue/iostats")
     finally:

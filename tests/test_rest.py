@@ -238,10 +238,6 @@ def written_where_it_was_written_last(host: Host) -> None:
     host.reboot(lambda: host.write_elsewhere(MIB))
 
 
-def uncounted(host: Host) -> None:
-    Path(f"/sys/block/{Path(host.device).name}/queue/iostats").write_text("0")
-
-
 def shrunk(host: Host) -> None:
     host.reboot(lambda: os.truncate(host.file, SIZE - MIB))
 
@@ -261,7 +257,6 @@ def sets_damaged(host: Host) -> None:
         (written_in_the_same_boot, "4 KiB had been written to it"),
         (written_by_another_system, "its content was another"),
         (written_where_it_was_written_last, "its content was another"),
-        (uncounted, "keeps no count of its writes"),
         (shrunk, "resized or moved"),
         (sets_damaged, "was damaged"),
     ],
@@ -283,6 +278,18 @@ def test_what_happens_at_rest_is_a_doubt(
     assert host.is_identical()
     host.write(6 * MIB)
     assert host.lab.sync(host.device, host.replica).mode == "incremental"
+
+
+def test_what_was_not_counted_at_rest_is_a_doubt(host: Host) -> None:
+    iostats = Path(f"/sys/block/{Path(host.device).name}/queue/iostats")
+    host.blktrack("stop")
+    iostats.write_text("0", encoding="ascii")
+    assert "does not count what is written" in host.blktrack("start", code=1)
+    iostats.write_text("1", encoding="ascii")
+    out = host.blktrack("start")
+    assert out.startswith(f"{host.device}: began, stopped")
+    assert "the kernel keeps no count of its writes" in out
+    assert host.lab.sync(host.device, host.replica).mode == "resync"
 
 
 def test_untracking_forgets_a_rest(host: Host) -> None:

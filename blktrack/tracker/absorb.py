@@ -4,12 +4,12 @@ Completions that no program saw are covered, without a doubt, by what is known o
 
 - On a bio-based device by the table of what is in flight, in which they stay: each drain takes its
   entries as changed.
-- On a request-based one by the submitted planes, where the kernel's own count tells of it or there
-  is no such count (account.py). A completion that went unseen belongs to a write submitted in this
-  epoch or before: `settling` keeps what was, until nothing is in flight. Nothing in flight after a
-  swap means that all earlier epochs' writes have ended (a dispatcher still between its issue event
-  and the count of `inflight` keeps the swap waiting, as both lie in one RCU section; where the
-  driver may sleep, the epoch kept in any case covers it).
+- On a request-based one by the submitted planes, where the kernel's own count tells of it
+  (account.py). A completion that went unseen belongs to a write submitted in this epoch or before:
+  `settling` keeps what was, until nothing is in flight. Nothing in flight after a swap means that
+  all earlier epochs' writes have ended (a dispatcher still between its issue event and the count of
+  `inflight` keeps the swap waiting, as both lie in one RCU section; where the driver may sleep, the
+  epoch kept in any case covers it).
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def absorb(device: Tracking) -> str | None:
     if reason := (
         doubt.of_counters(device.kernel.stats(slot), growing=device.grown)
         or doubt.of_misses(epoch, submit, complete, bio=device.bio)
-        or doubt.of_account(known, now)
+        or doubt.of_account(known, now, bio=device.bio)
         or doubt.of_table(epoch.table, table)
     ):
         return reason
     found = retired.nonzero()
     missed = complete.missed_since(epoch.complete_missed) > 0
-    if not missed and not device.bio:
-        missed = known is None or now is None or now.unended > known.unended
+    if not missed and known and now:
+        missed = now.unended > known.unended
     with BitFile(device.store.run(device.state.id) / "settling", device.words) as settling:
         for path in device.store.link_files(device.state.id, "pending"):
             with BitFile(path, device.words) as pending:

@@ -42,11 +42,12 @@ class Account:
 
 
 def available(device: BlockDevice) -> bool:
+    """Whether the kernel counts what is written to it; drivers of bios count regardless."""
     return device.request_based and device.queue_number("iostats") == 1
 
 
 def known(epoch: Epoch, slot: int) -> Account | None:
-    """What is accounted for; None if nothing was when the slot's counters began."""
+    """What is accounted for when the slot's counters began; None for a bio-based device."""
     pair = epoch.accounts.get(str(slot))
     return Account(pair[0], pair[1]) if pair else None
 

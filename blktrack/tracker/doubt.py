@@ -82,15 +82,17 @@ def of_counters(stats: dict[str, int], *, growing: bool = False) -> str | None:
     return "; ".join(found) or None
 
 
-def of_account(before: Account | None, now: Account | None) -> str | None:
+def of_account(before: Account | None, now: Account | None, *, bio: bool) -> str | None:
     """Changes seen to begin are covered by the submitted planes; others are not.
 
-    before -- None where the kernel kept no count when tracking began. One that is not kept now, or
-    is less than it was, left changes out.
+    A count that is not kept, or is less than it was, left changes out. None is taken of a bio-based
+    device, whose programs see all that the kernel could tell.
     """
-    if before and (now is None or (now.exact and now.unended < before.unended)):
+    if bio:
+        return None
+    if before is None or now is None or (now.exact and now.unended < before.unended):
         return "the kernel did not count all its writes (queue/iostats was 0)"
-    if before and now and now.unended > before.unended and now.unbegun > before.unbegun:
+    if now.unended > before.unended and now.unbegun > before.unbegun:
         count = now.unbegun - before.unbegun
         return f"{format_size(count)} of changes were seen by the kernel alone"
     return None

@@ -116,6 +116,12 @@ def occupy(
 ) -> None:
     """Attach programs and give the device a slot with empty maps, noted in `state` and `epoch`."""
     check_memory(device, window.geometry)
+    if device.request_based and not account.available(device):
+        raise Refused(
+            f"the kernel does not count what is written to {device.path} (queue/iostats is 0), by "
+            "which changes that no program sees are found",
+            hint=f"run echo 1 >/sys/block/{device.disk.sys.name}/queue/iostats",
+        )
     epoch.table = mapper.table(device)  # before anything of it is read
     if bypasses_bios(device):
         _refuse_rw_page(device)

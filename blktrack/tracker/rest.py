@@ -20,7 +20,7 @@ from blktrack.bitfile import BitFile
 from blktrack.bitmap import Words
 from blktrack.state import DeviceState, Epoch, Rest, Store
 from blktrack.sysfs import BlockDevice, boot_id
-from blktrack.tracker import generation
+from blktrack.tracker import account, generation
 from blktrack.tracker.tracking import BEGIN_ANEW, Gap, Tracking
 from blktrack.units import SECTOR, format_size
 from blktrack.use import InUse, claimed
@@ -73,6 +73,8 @@ def resume(store: Store, state: DeviceState, device: BlockDevice) -> None:
             raise Gap("what it was stopped with is gone")
         if device.size < state.size or device.start != state.start:
             raise Gap("it was resized or moved while it was stopped")
+        if uncounted := _uncounted(device):
+            raise Gap(uncounted)
         _restore(store, state)
         with claimed(device) as fd:
             epoch = Epoch(state.generation, number=rest.epoch)
@@ -112,8 +114,6 @@ def _restore(store: Store, state: DeviceState) -> None:
 
 def _changed(device: BlockDevice, rest: Rest, fd: int) -> str:
     """What tells that the device was written since it was put to rest; "" if nothing does."""
-    if uncounted := _uncounted(device):
-        return uncounted
     before = rest.written if rest.boot_id == boot_id() else 0
     if count := fingerprint.sectors_written(device) - before:
         size = format_size(abs(count) * SECTOR)
@@ -142,8 +142,8 @@ def _is_at(path: str, device: BlockDevice) -> bool:
 
 
 def _uncounted(device: BlockDevice) -> str:
-    """Why the count of sectors is no witness; "" if it is. Drivers of bios count regardless."""
-    if device.request_based and device.queue_number("iostats") != 1:
+    """Why the count of sectors is no witness; "" if it is."""
+    if device.request_based and not account.available(device):
         return "the kernel keeps no count of its writes (queue/iostats is 0)"
     return ""
 

@@ -144,7 +144,7 @@ class Tracking:
         self.epoch.clear = True
 
     def counts(self) -> Account | None:
-        """The programs' counts against the kernel's; None if it kept none when tracking began."""
+        """The programs' counts against the kernel's; None if it keeps none."""
         assert self.kernel
         known = account.known(self.epoch, self.state.slot)
         if known is None or not account.available(self.device):
@@ -175,7 +175,7 @@ class Tracking:
     def seen_since(self, swap: Swap) -> bool:
         """Whether no change since then began unseen, as far as the kernel counts what ends."""
         known = account.known(self.epoch, self.state.slot)
-        unseen = doubt.of_account(known, self.counts())
+        unseen = doubt.of_account(known, self.counts(), bio=self.bio)
         return not self.program_pair()[0].missed_since(swap.missed) and not unseen
 
     def submitted(self) -> Words:
