@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from blktrack import extent, linux
-from blktrack.bpf.kernel import Kernel
+from blktrack.bpf.windows import Windows
 from blktrack.sysfs import BlockDevice
 from blktrack.tracker.tracking import Gap
 from blktrack.units import GIB, KIB, MIB, SECTOR
@@ -306,15 +306,15 @@ def test_merged_discards_beside_a_slot_that_was_never_linked(
     assert slot < whole.state.slot
     shared.untrack(other)
 
-    relink, calls = Kernel._relink, iter(range(2))
+    relink, calls = Windows._relink, iter(range(2))
 
-    def die_at_last(kernel: Kernel) -> None:
+    def die_at_last(windows: Windows) -> None:
         if next(calls):
             raise Death
-        relink(kernel)
+        relink(windows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Kernel, "_relink", die_at_last)
+        patch.setattr(Windows, "_relink", die_at_last)
         with pytest.raises(Death):
             shared.track(part)
     merged_discards(disk, [(MIB + n * 8 * KIB, 8 * KIB) for n in range(23)])

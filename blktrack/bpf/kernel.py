@@ -16,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import errno
-import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,8 +28,9 @@ from blktrack.bpf import abi, libbpf, structs
 from blktrack.bpf.compile import fingerprint
 from blktrack.bpf.planes import Geometry, Planes, Reading, possible_cpus, stats_reader
 from blktrack.bpf.programs import BY_KIND, Program, pinned_copies
+from blktrack.bpf.windows import Window, Windows
 from blktrack.errors import BlktrackError
-from blktrack.units import SECTOR, format_size
+from blktrack.units import format_size
 
 
 class Detached(BlktrackError):
@@ -47,22 +46,6 @@ def _missing(what: str, error: OSError | ValueError) -> BlktrackError:
             hint="let it have more open files (ulimit -n), more memory, or all rights of root",
         )
     return Detached(f"{what} ({error})")
-
-
-@dataclass(frozen=True)
-class Window:
-    """What a slot tracks. Bytes, counted on the whole disk."""
-
-    disk: int  # abi.disk_number
-    kind: int
-    start: int
-    length: int
-    granularity: int
-    whole: bool
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(-(-self.length // self.granularity))
 
 
 def _key(number: int) -> bytes:
@@ -82,9 +65,7 @@ class Kernel:
         except OSError as error:
             self.close()
             raise _missing(f"the tracking maps are gone from {pins}", error) from error
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        self._memory = mmap.mmap(self._fds["windows"], abi.WINDOWS.itemsize, access=access)
-        self._windows: NDArray[Any] = np.frombuffer(self._memory, dtype=abi.WINDOWS)
+        self.windows = Windows(self._fds["windows"], writable=writable)
 
     def programs(self, kind: int) -> dict[str, Program]:
         """The attached programs for a kind of device. Detached if a pin is missing."""
@@ -120,38 +101,16 @@ class Kernel:
             for program in programs:
                 os.close(program)
 
-    def window(self, slot: int) -> Window | None:
-        """What a slot tracks now; None if it is free."""
-        for kind in BY_KIND:
-            if disk := int(self._windows["dev"][0, kind, slot]):
-                entry = self._windows["window"][0, slot]
-                start, end = int(entry["start"]) * SECTOR, int(entry["end"]) * SECTOR
-                granularity = SECTOR << int(entry["shift"])
-                return Window(disk, kind, start, end - start, granularity, bool(entry["whole"]))
-        return None
-
-    def slots(self, disk: int, start: int) -> list[int]:
-        """Slots whose window begins there: one at most, unless a death left another behind."""
-        found = ((slot, self.window(slot)) for slot in range(abi.SLOTS))
-        return [slot for slot, w in found if w and (w.disk, w.start) == (disk, start)]
-
     def add(self, window: Window, *, settled: bool = False) -> int:
         """Give a device a slot with two empty inner maps and zero counters, active at once."""
-        free = next((slot for slot in range(abi.SLOTS) if self.window(slot) is None), None)
-        if free is None:
-            raise BlktrackError(
-                f"{abi.SLOTS} devices are tracked already, which is the most there can be",
-                hint="blktrack untrack one that is not needed (blktrack status lists them)",
-            )
-        self._relink()  # a death in `remove` may have left the free slot in a chain
-        geometry = window.geometry
+        slot, geometry = self.windows.free_slot(), window.geometry
         fds = []
         try:
             for letter in "ab":
-                (self.pins / f"slot_{free}_{letter}").unlink(missing_ok=True)
+                (self.pins / f"slot_{slot}_{letter}").unlink(missing_ok=True)
                 fds.append(create_inner(geometry))
-                libbpf.pin(fds[-1], self.pins / f"slot_{free}_{letter}")
-            libbpf.update(self._fds["planes"], _key(free), _key(fds[0]))
+                libbpf.pin(fds[-1], self.pins / f"slot_{slot}_{letter}")
+            libbpf.update(self._fds["planes"], _key(slot), _key(fds[0]))
         except OSError as error:
             raise BlktrackError(
                 f"cannot make the dirty maps ({format_size(2 * geometry.map_bytes)} of kernel "
@@ -161,24 +120,9 @@ class Kernel:
         finally:
             for fd in fds:
                 os.close(fd)
-        cpus = possible_cpus()
-        libbpf.update(self._fds["stats"], _key(free), bytes(cpus * abi.STATS.itemsize))
-        entry = self._windows["window"][0]
-        entry[free]["start"] = window.start // SECTOR
-        entry[free]["end"] = (window.start + window.length) // SECTOR
-        entry[free]["shift"] = (window.granularity // SECTOR).bit_length() - 1
-        entry[free]["whole"] = window.whole
-        entry[free]["settled"] = settled
-        entry[free]["level"] = geometry.offsets
-        entry[free]["plane_words"] = geometry.plane_words
-        # A whole chain leads on from here before the slot is found, so that walks of the disk's
-        # slots (mark_ranges) come by all the others at any time, and whatever dies.
-        same = [s for s in self._used(window.kind) if self._disk(window.kind, s) == window.disk]
-        entry[free]["next"] = min((s for s in same if s > free), default=abi.SLOTS)
-        entry[free]["first"] = min([*same, free])
-        self._windows["dev"][0, window.kind, free] = window.disk
-        self._relink()
-        return free
+        libbpf.update(self._fds["stats"], _key(slot), bytes(possible_cpus() * abi.STATS.itemsize))
+        self.windows.set(slot, window, settled=settled)
+        return slot
 
     def settle(self, slot: int, active: Planes) -> None:
         """From here on a bio that ends without having been seen to begin is a loss.
@@ -187,13 +131,13 @@ class Kernel:
         there is waited for, as by any swap.
         """
         self.swap(slot, active)
-        self._windows["window"][0, slot]["settled"] = 1
+        self.windows.settle(slot)
 
     def remove(self, slot: int) -> None:
         """Free a slot; the last one of its kind takes the programs with it."""
         self.free(slot)
         for kind, names in BY_KIND.items():
-            if not self._windows["dev"][0, kind].any():
+            if not self.windows.used(kind):
                 for name in names:
                     for copy in pinned_copies(self.pins, name):
                         (self.pins / f"link_{copy}").unlink(missing_ok=True)
@@ -201,39 +145,20 @@ class Kernel:
 
     def free(self, slot: int) -> None:
         """Free a slot, and leave the programs where they are."""
-        self._windows["dev"][0, :, slot] = 0
-        self._relink()
+        self.windows.clear(slot)
         libbpf.delete(self._fds["planes"], _key(slot))  # waits for running programs
         for letter in "ab":
             (self.pins / f"slot_{slot}_{letter}").unlink(missing_ok=True)
 
     def free_all(self) -> None:
         for slot in range(abi.SLOTS):
-            if self.window(slot):
+            if self.windows.window(slot):
                 self.free(slot)
 
     def drop_unused(self) -> None:
         """Without a slot in use, everything goes."""
-        if not self._windows["dev"].any():
+        if not any(map(self.windows.used, BY_KIND)):
             remove(self.root)
-
-    def _used(self, kind: int) -> list[int]:
-        return np.flatnonzero(self._windows["dev"][0, kind]).tolist()
-
-    def _disk(self, kind: int, slot: int) -> int:
-        return int(self._windows["dev"][0, kind, slot])
-
-    def _relink(self) -> None:
-        """Chain the slots of each disk and bound the programs' search."""
-        entry = self._windows["window"][0]
-        for kind in BY_KIND:
-            used = self._used(kind)
-            for slot in used:
-                same = [s for s in used if self._disk(kind, s) == self._disk(kind, slot)]
-                after = [s for s in same if s > slot]
-                entry[slot]["next"] = after[0] if after else abi.SLOTS
-                entry[slot]["first"] = same[0]
-            self._windows["count"][0, kind] = used[-1] + 1 if used else 0
 
     def planes(self, slot: int, geometry: Geometry) -> tuple[Planes, Planes]:
         """The active and the retired inner map of a slot."""

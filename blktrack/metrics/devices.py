@@ -38,7 +38,7 @@ def add_kernel(out: Exposition, state: DeviceState, kernel: Kernel | None, label
     stats = kernel.stats(state.slot)
     for cause in LOSSES:
         out.add("device_losses_total", stats[cause], {**labels, "cause": cause})
-    window = kernel.window(state.slot)
+    window = kernel.windows.window(state.slot)
     if window is not None:
         out.add("device_write_cost_seconds", _cost(kernel, window.kind), labels)
 

@@ -50,7 +50,7 @@ def of_programs(state: DeviceState, programs: dict[str, Program]) -> str | None:
 
 def of_window(state: DeviceState, kernel: Kernel, maps: set[int]) -> str | None:
     """Do slot and maps still belong to the device?"""
-    window = kernel.window(state.slot)
+    window = kernel.windows.window(state.slot)
     if window is None or (window.start, window.length, window.granularity) != (
         state.start,
         state.size,

@@ -18,9 +18,10 @@ from blktrack.bitfile import BitFile
 from blktrack.bpf import abi, layout
 from blktrack.bpf.btf import Btf
 from blktrack.bpf.install import install
-from blktrack.bpf.kernel import Detached, Kernel, Window
+from blktrack.bpf.kernel import Detached, Kernel
 from blktrack.bpf.planes import Geometry
 from blktrack.bpf.programs import BY_KIND, Program
+from blktrack.bpf.windows import Window
 from blktrack.device import bypasses_bios, device_id
 from blktrack.errors import BlktrackError, Refused, UsageError
 from blktrack.observer import NOBODY, Observer
@@ -128,7 +129,7 @@ def occupy(
     observer.phase(f"attaching the tracking programs to {device.path}", 0)
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30, observer=observer):
         with install(store.paths.pins, window.kind) as kernel:
-            for slot in kernel.slots(window.disk, window.start):
+            for slot in kernel.windows.slots(window.disk, window.start):
                 kernel.remove(slot)
         crash.point("begin-removed")
         # Removing the last slot took the programs with it.
@@ -183,10 +184,10 @@ def detach(store: Store, state: DeviceState) -> None:
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
         try:
             with Kernel(store.paths.pins) as kernel:
-                if (window := kernel.window(state.slot)) is None:
+                if (window := kernel.windows.window(state.slot)) is None:
                     return
                 if kernel.active_map(state.slot) in state.maps:
-                    for slot in kernel.slots(window.disk, window.start):
+                    for slot in kernel.windows.slots(window.disk, window.start):
                         kernel.remove(slot)
         except Detached:
             return

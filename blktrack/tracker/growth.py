@@ -27,7 +27,7 @@ def grow(tracking: Tracking) -> None:
         hint="untrack it and track it with a larger --granularity; its replicas are then resynced",
     )
     with durable.lock(store.kernel_lock, what="the tracking programs", wait=30):
-        for other in kernel.slots(window.disk, window.start):
+        for other in kernel.windows.slots(window.disk, window.start):
             if other != state.slot:  # left by a death in here
                 kernel.remove(other)
         slot = kernel.add(window, settled=True)  # the old slot has what is in flight remembered
