@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import threading
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from blktrack.errors import BlktrackError, DeviceLost
 from blktrack.sysfs import BlockDevice
 from blktrack.units import format_size
 
-_AFTER = 1.0  # seconds: who is done sooner does not wait for pyroute2, a quarter of a second
-_EVERY = 1.0
-_KERNEL_GROUP = 1  # of the netlink family: udev sends its own to another one
+_EVERY = 1.0  # seconds
+_FAMILY = 15  # NETLINK_KOBJECT_UEVENT of linux/netlink.h
+_KERNEL_GROUP = 1  # of that family: udev sends its own to another one
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Watched:
 
 class Watch:
     """Sets `stop` when a device is lost; leaving its context then raises DeviceLost instead of what
-    came of that. Short runs look only where they failed.
+    came of that.
     """
 
     def __init__(
@@ -79,7 +80,6 @@ class Watch:
         self._ended = threading.Event()
         # Each end of the pipe is closed by the side that has it: its end wakes the thread.
         self._asleep, self._awake = os.pipe()
-        # A daemon: the end of the process need not wait for an import that has begun.
         self._thread = threading.Thread(target=self._run, name="uevents", daemon=True)
 
     def look(self) -> None:
@@ -93,35 +93,27 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            if self._ended.wait(_AFTER):
-                return
             with contextlib.ExitStack() as held:
                 source = _subscribe(held)
                 # Also at once: what happened before the subscription was told to nobody.
                 while not self._ended.is_set() and self._lost is None:
                     self.look()
-                    source = self._wait(source)
+                    self._wait(source)
         finally:
             os.close(self._asleep)
 
-    def _wait(self, source: Any) -> Any:
-        """Until an event, the end or a second has come; the source of events, None if it failed.
-
-        The socket may take in more than it gives: all that came before the look that follows.
-        """
+    def _wait(self, source: socket.socket | None) -> None:
+        """Until an event, the end or a second has come. What events there are is taken in."""
         poll = select.poll()
         poll.register(self._asleep, select.POLLIN)
         if source is not None:
-            poll.register(source.fileno(), select.POLLIN)
+            poll.register(source, select.POLLIN)
         ready = dict(poll.poll(_EVERY * 1000))
-        if source is None or source.fileno() not in ready:
-            return source
-        try:
-            for _ in source.get():
-                pass
-        except Exception:  # whatever the library makes of an overrun: the look each second stays
-            return None
-        return source
+        if source is not None and source.fileno() in ready:
+            # In the end there are none left, or more came than were kept, which says as much.
+            with contextlib.suppress(OSError):
+                while True:
+                    source.recv(1)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -135,21 +127,19 @@ class Watch:
     ) -> None:
         self._ended.set()
         os.close(self._awake)
-        self._thread.join(0.05)
+        self._thread.join()
         if isinstance(value, (BlktrackError, OSError)):
             self.look()
             if self._lost is not None:
                 raise self._lost from value
 
 
-def _subscribe(held: contextlib.ExitStack) -> Any:
+def _subscribe(held: contextlib.ExitStack) -> socket.socket | None:
     """The kernel's events; None where there are none to be had."""
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
     try:
-        from pyroute2.netlink.uevent import UeventSocket
-
-        source = held.enter_context(contextlib.closing(UeventSocket()))
-        # The class's own bind() takes no groups before 0.9, and joins udev's as well.
-        super(UeventSocket, source).bind(groups=_KERNEL_GROUP)
-    except Exception:  # no netlink, no permission, another release: every second is good enough
+        source = held.enter_context(socket.socket(socket.AF_NETLINK, kind, _FAMILY))
+        source.bind((0, _KERNEL_GROUP))
+    except OSError:  # no netlink, no permission: every second is good enough
         return None
     return source

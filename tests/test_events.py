@@ -223,7 +223,6 @@ def test_a_device_that_is_taken_away(
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_events_tell_at_once(shared: Lab, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Without a look each second; what nobody listened to yet is seen as well."""
-    monkeypatch.setattr(uevents, "_AFTER", 0.0)
     monkeypatch.setattr(uevents, "_EVERY", 600.0)
     source, replica = (BlockDevice.find(shared.loop(SIZE)) for _ in range(2))
     stop, subscribed = threading.Event(), threading.Event()
@@ -252,7 +251,6 @@ def test_events_tell_at_once(shared: Lab, monkeypatch: pytest.MonkeyPatch, when:
 def test_without_events_there_is_a_look_now_and_then(
     shared: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uevents, "_AFTER", 0.0)
     monkeypatch.setattr(uevents, "_EVERY", 0.05)
     monkeypatch.setattr(uevents, "_subscribe", lambda held: None)
     source = BlockDevice.find(shared.loop(SIZE))
@@ -263,7 +261,7 @@ def test_without_events_there_is_a_look_now_and_then(
         raise CopyFailed("of no interest")
 
 
-def test_a_short_run_needs_neither_thread_nor_pyroute2(shared: Lab) -> None:
+def test_a_short_run_leaves_nothing_behind(shared: Lab) -> None:
     device = BlockDevice.find(shared.loop(SIZE))
     stop = threading.Event()
     before = len(os.listdir("/proc/self/fd"))

@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtestloop(session: pytest.Session) -> None:
     if INSIDE or session.config.option.collectonly or NEEDS.missing(NEEDED):
         return
-    if any(kernel_of(item) for item in session.items if not is_guests(item)):
+    if any(map(is_guests, session.items)):  # from the beginning: all other tests run beside them
         runs(session)
 
 
