@@ -62,8 +62,8 @@ MACHINES = {
 # Of its own, as it is long. A piece of memory is to be taken for persistent, for DAX.
 MACHINES["stacks"] = Layout(
     (
-        *(replace(spec, size=16 * MIB) for spec in MACHINES["plain"].disks),
-        Spec("head", "nvme-shared", size=16 * MIB),
+        *(replace(spec, size=12 * MIB) for spec in MACHINES["plain"].disks),
+        Spec("head", "nvme-shared", size=12 * MIB),
     ),
     memory=1280,
     limit=2400.0,

@@ -55,7 +55,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-SIZE = 16 * MIB
+SIZE = 12 * MIB
 COUNT = 6  # changes in a mix: the processor is an emulated one
 BLOCK, CHAIN = 4 * KIB, 1500  # of the writes whose order a point must keep
 
