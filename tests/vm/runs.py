@@ -35,6 +35,7 @@ from tools.vm.packages import FetchError
 # One more than two processors: a machine waits for its disks and its timers at times.
 AT_ONCE = int(os.environ.get("BLKTRACK_VM_JOBS") or min(3, (os.cpu_count() or 1) + 1))
 PASSED = ("CI", DELIBERATE)  # to the tests inside
+_NICE = 10
 _NUMBERS = itertools.count()
 
 
@@ -164,7 +165,11 @@ class Runs:
         groups = defaultdict[tuple[str, str], list[str]](list)
         for item in items:
             groups[key_of(item)].append(item.nodeid)
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vm")
+        # What a thread starts is as nice: tests with machines of their own, which come one after
+        # another and are most of the time, have a processor to themselves.
+        self._pool = ThreadPoolExecutor(
+            AT_ONCE, thread_name_prefix="vm", initializer=os.nice, initargs=(_NICE,)
+        )
         self._alone = threading.Event()
         if beside:
             self._pool.submit(self._alone.wait)
