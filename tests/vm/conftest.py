@@ -1,7 +1,8 @@
-"""Tests below guest/ run inside virtual machines, once on each kernel, and report as all others.
+"""Tests of kernels run elsewhere, once on each kernel, and report as all others do.
 
-They are collected here and there alike. Here, instead of running one, its reports are awaited from
-the machine that runs it; there each report is written to the share as it is made.
+Those below guest/ run inside virtual machines; others, which drive machines, in processes of their
+own, so that several are under way. They are collected here and there alike. Here, instead of
+running one, its reports are awaited; there each report is written to a share as it is made.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import pytest
 from tests.blockdev import told
 from tests.conftest import NEEDS
 from tests.vm import relay
-from tests.vm.machines import BRIEF, INSIDE, KERNELS
+from tests.vm.machines import ALONE, BRIEF, INSIDE, KERNELS
 from tests.vm.matrix import CELL
 from tests.vm.runs import Runs
 
-GUEST = Path(__file__).parent / "guest"
 NEEDED = ("root", "qemu-system-x86_64", "depmod")  # of this host
 CI = bool(os.environ.get("CI"))
 RUNS = pytest.StashKey[Runs]()
@@ -28,8 +28,9 @@ RUNS = pytest.StashKey[Runs]()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernel" not in metafunc.fixturenames:
         return
+    names = [BRIEF] if metafunc.definition.get_closest_marker("one_kernel") else KERNELS
     # Of the session, so that pytest has the tests of one kernel follow each other.
-    metafunc.parametrize("kernel", KERNELS, indirect=True, scope="session")
+    metafunc.parametrize("kernel", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -43,27 +44,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("vm")
         if name != BRIEF or not item.get_closest_marker("brief"):
             item.add_marker("matrix")
-    if is_guests(item):
-        # A machine has a limit of its own; the turn that it waits for has none.
+    if is_awaited(item):
+        # A run has a limit of its own; the turn that it waits for has none.
         item.add_marker(pytest.mark.timeout(0))
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that have machines of their own come first: those of the guests' run beside them."""
-    if not any(kernel_of(item) for item in items if not is_guests(item)):
-        return
-    places = [place for place, item in enumerate(items) if GUEST.parent in item.path.parents]
-    ordered = sorted((items[place] for place in places), key=is_guests)
-    for place, item in zip(places, ordered, strict=True):
-        items[place] = item
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    if INSIDE or session.config.option.collectonly or NEEDS.missing(NEEDED):
+    if session.config.option.collectonly or NEEDS.missing(NEEDED):
         return
-    if any(map(is_guests, session.items)):  # from the beginning: all other tests run beside them
+    if any(map(is_awaited, session.items)):  # all other tests run beside them
         runs(session)
 
 
@@ -72,13 +62,14 @@ def kernel_of(item: pytest.Item) -> str:
     return str(callspec.params.get("kernel", "")) if callspec else ""
 
 
-def is_guests(item: pytest.Item) -> bool:
-    return not INSIDE and GUEST in item.path.parents
+def is_awaited(item: pytest.Item) -> bool:
+    """One that is run elsewhere, on a kernel: in a machine, or with machines of its own."""
+    return not INSIDE and ALONE not in os.environ and bool(kernel_of(item))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    if not is_guests(item):
+    if not is_awaited(item):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in reports(item):
@@ -95,7 +86,7 @@ def reports(item: pytest.Item) -> Iterator[pytest.TestReport]:
     for data in outcome.reports:
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
         if report.failed:
-            report.sections.append(("the machine", outcome.machine()))
+            report.sections.append((f"of {outcome.run.name}", outcome.run.tail()))
         yield report
     if outcome.error:
         yield own_report(item, outcome.error, skip=outcome.run.absent and not CI)
@@ -103,8 +94,7 @@ def reports(item: pytest.Item) -> Iterator[pytest.TestReport]:
 
 def runs(session: pytest.Session) -> Runs:
     if RUNS not in session.stash:
-        items = [item for item in session.items if is_guests(item)]
-        session.stash[RUNS] = Runs(items, beside=len(items) < len(session.items))
+        session.stash[RUNS] = Runs([item for item in session.items if is_awaited(item)])
     return session.stash[RUNS]
 
 
@@ -124,13 +114,15 @@ def own_report(item: pytest.Item, reason: str, *, skip: bool = False) -> pytest.
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """What a test measured is said in the end, but for the cells of the matrix: it has a table."""
     found = dict(report.user_properties) if report.when == "call" else {}
-    if "measured" in found and CELL not in found and not INSIDE:
+    if "measured" in found and CELL not in found and not INSIDE and ALONE not in os.environ:
         told(f"{report.nodeid.rpartition('::')[2]}: {found['measured']}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if INSIDE:
         config.pluginmanager.register(relay.Relay(config))
+    elif share := os.environ.get(ALONE):
+        config.pluginmanager.register(relay.Relay(config, Path(share)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -16,6 +16,7 @@ from tools.vm.initramfs import ROOT_DISK
 KERNELS = tuple(kernels.SUITES)
 BRIEF = kernels.BRIEF
 DELIBERATE = "BLKTRACK_DELIBERATE"  # set for tests that are meant to fail: test_harness.py
+ALONE = "BLKTRACK_ALONE"  # the share of a test that was given a process of its own: run.py
 INSIDE = GUEST in os.environ
 
 

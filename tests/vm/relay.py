@@ -1,4 +1,4 @@
-"""Brings reports out of a machine: one line of JSON each, in the share."""
+"""Brings reports out of a run: one line of JSON each, in its share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.blockdev import TOLD
 from tools.vm.initramfs import SHARE
 
-REPORTS = "reports"
+REPORTS, SAID = "reports", "told"
 Report = dict[str, Any]
 
 
@@ -26,6 +27,15 @@ class Relay:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
         with (self._share / REPORTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(data, default=str) + "\n")
+
+    def pytest_sessionfinish(self) -> None:
+        (self._share / SAID).write_text("\n".join(TOLD), encoding="utf-8")
+
+
+def said(share: Path) -> list[str]:
+    """Outside: what a run that has ended had measured."""
+    path = share / SAID
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def read(share: Path) -> Iterator[Report]:

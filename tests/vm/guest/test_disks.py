@@ -1,4 +1,7 @@
-"""The oracle tests of loop devices hold inside, in the length that they have on the host."""
+"""The oracle tests of loop devices hold inside, in the length that they have on the host.
+
+On one kernel: test_stacks.py has a short form of both on each.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from tests.blockdev import Lab
 from tests.oracle import cover, replicate
 from tests.vm import disks
 
-pytestmark = [pytest.mark.needs("root", "bpf", "ext4", "fio"), pytest.mark.brief]
+pytestmark = [
+    pytest.mark.needs("root", "bpf", "ext4", "fio"),
+    pytest.mark.brief,
+    pytest.mark.one_kernel,
+]
 
 COUNT = 20  # changes of each kind: the processor is an emulated one
 
