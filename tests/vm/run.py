@@ -172,7 +172,7 @@ class InProcess(Run):
                 stderr=output,
                 cwd=packages.TOP,
                 env={**os.environ, **environment},
-                start_new_session=True,
+                process_group=0,
             )
         if self._stopped.is_set():  # before there was what `stop` ends
             self._process.send_signal(signal.SIGINT)

@@ -116,7 +116,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
-                start_new_session=True,
+                process_group=0,  # a session would have a weight of its own: sched(7), autogroup
             )
 
     def prepare(self, script: str, environment: Mapping[str, str] | None = None) -> None:
