@@ -220,7 +220,7 @@ BREAKAGES: dict[str, tuple[str, str, str, Situation, str, str]] = {
         NEW_SLOT_FIRST,
         Campaign.grow,
         "mutant",
-        "stale|is not the pending set of this device",
+        "is not the pending set of this device|the kernel did not count all its writes",
     ),
     "a stop is recorded before its sets are kept": (
         "tracker/rest.py",
