@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ _NUMBERS = itertools.count()
 _LINES = 60  # of what a process said
 
 
-class Run:
+class Run(ABC):
     """Tests that are run elsewhere, one after another."""
 
     def __init__(self, name: str, tests: Sequence[str]) -> None:
@@ -46,13 +47,13 @@ class Run:
         self._error = ""
         self.absent = False  # the kernel could not be fetched
 
+    @abstractmethod
     def work(self) -> None:
         """In a thread of the pool, from the beginning to the end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tail(self) -> str:
         """What to see of it when a test failed."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         self._stopped.set()
