@@ -26,6 +26,7 @@ dev_packages=(
     fdisk          # tests: sfdisk makes partitions
     fio            # tests, benchmark: load
     gcc            # benchmark: the minimal C program that copying is measured against
+    iproute2       # tests: networks; the way to a replica on another host
     kmod           # vmtest: depmod, and modprobe inside
     libc6-dev      # its headers
     lintian        # tests: has the package the form that Debian asks for
