@@ -41,10 +41,10 @@ def check(device: BlockDevice) -> None:
 
 def device_id(device: BlockDevice) -> str:
     """Names a device's state: the same after a reboot where it has a permanent name."""
-    name = device.permanent_name or f"name:{device.name}"
+    name = device.permanent_name
+    digest = hashlib.sha256((name or f"name:{device.name}").encode()).hexdigest()[:12]
     label = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-")
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    return digest if device.permanent_name else f"{label}-{digest}"
+    return digest if name else f"{label}-{digest}"
 
 
 def bypasses_bios(device: BlockDevice) -> bool:

@@ -194,10 +194,10 @@ class Store:
         return self.paths.run / "kernel.lock"
 
     def lib(self, device: str) -> Path:
-        return self.paths.lib / "devices" / device
+        return self.paths.lib.joinpath("devices", device)
 
     def run(self, device: str) -> Path:
-        return self.paths.run / "devices" / device
+        return self.paths.run.joinpath("devices", device)
 
     def link_lock(self, device: str, link: str) -> Path:
         """Held by whoever moves bits of the link towards a receiver."""

@@ -18,15 +18,16 @@ MOUNTINFO = Path("/proc/self/mountinfo")
 BY_NAME = ("by-id", "by-partuuid")  # links of /dev/disk that follow the medium, best first
 
 
-def _text(path: Path) -> str | None:
+def _text(path: Path | str) -> str | None:
     """Names in it may be any bytes, as file names may."""
     try:
-        return os.fsdecode(path.read_bytes()).rstrip("\n")
+        with open(path, "rb", buffering=0) as file:
+            return os.fsdecode(file.read()).rstrip("\n")
     except OSError:
         return None
 
 
-def _number(path: Path, default: int = 0) -> int:
+def _number(path: Path | str, default: int = 0) -> int:
     text = _text(path)
     return int(text) if text and text.lstrip("-").isdigit() else default
 
@@ -76,22 +77,22 @@ class BlockDevice:
         """The whole disk this is a partition of, or itself."""
         if not self.is_partition:
             return self
-        major, minor = (_text(self.sys.parent / "dev") or "0:0").split(":")
+        major, minor = (_text(f"{self.sys.parent}/dev") or "0:0").split(":")
         return BlockDevice.of_number(int(major), int(minor))
 
     @property
     def present(self) -> bool:
         """Whether the kernel still has it, under this number."""
-        return _text(self.sys / "dev") == f"{self.number[0]}:{self.number[1]}"
+        return _text(f"{self.sys}/dev") == f"{self.number[0]}:{self.number[1]}"
 
     @property
     def size(self) -> int:
-        return _number(self.sys / "size") * SECTOR
+        return _number(f"{self.sys}/size") * SECTOR
 
     @property
     def start(self) -> int:
         """Byte of the whole disk at which this begins."""
-        return _number(self.sys / "start") * SECTOR if self.is_partition else 0
+        return _number(f"{self.sys}/start") * SECTOR if self.is_partition else 0
 
     @property
     def block_size(self) -> int:
@@ -100,7 +101,7 @@ class BlockDevice:
 
     @property
     def read_only(self) -> bool:
-        return _number(self.sys / "ro") == 1
+        return _number(f"{self.sys}/ro") == 1
 
     @property
     def request_based(self) -> bool:
@@ -110,18 +111,18 @@ class BlockDevice:
     @property
     def diskseq(self) -> int:
         """Counts up with every medium the kernel meets (since 5.15); 0 where not told."""
-        return _number(self.disk.sys / "diskseq")
+        return _number(f"{self.disk.sys}/diskseq")
 
     def queue(self, attribute: str) -> str | None:
-        return _text(self.disk.sys / "queue" / attribute)
+        return _text(f"{self.disk.sys}/queue/{attribute}")
 
     def queue_number(self, attribute: str, default: int = 0) -> int:
-        return _number(self.disk.sys / "queue" / attribute, default)
+        return _number(f"{self.disk.sys}/queue/{attribute}", default)
 
     @property
     def in_flight(self) -> int:
         """Reads and writes begun and not ended, of the whole disk."""
-        return sum(int(word) for word in (_text(self.disk.sys / "inflight") or "0").split())
+        return sum(int(word) for word in (_text(f"{self.disk.sys}/inflight") or "0").split())
 
     @property
     def is_mapped(self) -> bool:
@@ -131,7 +132,7 @@ class BlockDevice:
     @property
     def suspended(self) -> bool:
         """Whether device-mapper holds back what is submitted to it; `in_flight` leaves that out."""
-        return _number(self.disk.sys / "dm/suspended") == 1
+        return _number(f"{self.disk.sys}/dm/suspended") == 1
 
     @property
     def holders(self) -> list[str]:
@@ -159,12 +160,12 @@ class BlockDevice:
         A loop device is its backing file, a device-mapper one its uuid, others wwid or serial.
         """
         disk = self.disk.sys
-        suffix = f"-part{_number(self.sys / 'partition')}" if self.is_partition else ""
+        suffix = f"-part{_number(f'{self.sys}/partition')}" if self.is_partition else ""
         for source in ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"):
-            if text := _text(disk / source):
+            if text := _text(f"{disk}/{source}"):
                 return f"{source.rpartition('/')[2]}:{' '.join(text.split())}{suffix}"
-        if backing := _text(disk / "loop/backing_file"):
-            offset = _number(disk / "loop/offset")
+        if backing := _text(f"{disk}/loop/backing_file"):
+            offset = _number(f"{disk}/loop/offset")
             return f"loop:{backing}{f'@{offset}' if offset else ''}{suffix}"
         for folder in BY_NAME:
             for entry in _entries(Path("/dev/disk") / folder):
@@ -250,7 +251,7 @@ def loops_backed_by(path: Path) -> list[str]:
         return []
     found = []
     for entry in _entries(SYSFS / "block"):
-        backing = _text(entry / "loop/backing_file")
+        backing = _text(f"{entry}/loop/backing_file")
         if backing is None:
             continue
         try:

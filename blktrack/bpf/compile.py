@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as ct
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -50,7 +51,14 @@ def linked(code: bytes, maps: Mapping[str, int], cast: int = 0) -> bytes:
 
 def fingerprint() -> str:
     """Names program text and shared structs: programs and maps of another do not fit."""
-    text = source({}) + (_HERE / "track.h").read_text()
+    files = _HERE / "track.c", _HERE / "track.h"
+    return _digest(*((file, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.cache  # asked for whenever maps are opened
+def _digest(main: tuple[Path, int], header: tuple[Path, int]) -> str:
+    """Of these files, each as it was last changed."""
+    text = source({}) + header[0].read_text()
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

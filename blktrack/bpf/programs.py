@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,4 +72,4 @@ def pinned_copies(pins: Path, name: str) -> list[str]:
     """The first is in it in any case."""
     copies = copies_of(name)
     first = next(copies)
-    return [first, *itertools.takewhile(lambda copy: (pins / f"link_{copy}").exists(), copies)]
+    return [first, *itertools.takewhile(lambda copy: os.path.exists(f"{pins}/link_{copy}"), copies)]

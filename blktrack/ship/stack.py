@@ -13,6 +13,8 @@ from blktrack.sysfs import SYSFS, BlockDevice
 
 def unescape(text: str) -> str:
     r"""A path of mountinfo or swaps, in which the kernel writes a space as `\040`."""
+    if "\\" not in text:
+        return text
     raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))
     return os.fsdecode(raw)
 
@@ -107,13 +109,13 @@ def holding(path: Path) -> list[BlockDevice]:
 
 def _mount_of(path: Path) -> tuple[str, str]:
     """Type and source of the mount that `path` is in."""
-    path = path.resolve()
-    best, found = -1, ("", "")
+    place = f"{path.resolve()}/"
+    best, found = "", ("", "")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
-        point = Path(unescape(left.split(" ")[4]))
+        point = unescape(left.split(" ")[4])
         # The later of two mounts on one folder hides the earlier.
-        if path.is_relative_to(point) and len(point.parts) >= best:
+        if place.startswith(f"{point.rstrip('/')}/") and len(point) >= len(best):
             kind, name = right.split(" ")[:2]
-            best, found = len(point.parts), (kind, unescape(name))
+            best, found = point, (kind, unescape(name))
     return found
