@@ -49,14 +49,6 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.timeout(0))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> None:
-    if session.config.option.collectonly or NEEDS.missing(NEEDED):
-        return
-    if any(map(is_awaited, session.items)):  # all other tests run beside them
-        runs(session)
-
-
 def kernel_of(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
     return str(callspec.params.get("kernel", "")) if callspec else ""

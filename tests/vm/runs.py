@@ -19,7 +19,7 @@ from tests.vm.run import InMachine, InProcess, Run, clear
 
 # One more than two processors: a machine waits for its disks and its timers at times.
 AT_ONCE = int(os.environ.get("BLKTRACK_VM_JOBS") or min(3, (os.cpu_count() or 1) + 1))
-_NICE = 10  # machines give way to the other tests of a run
+_NICE = 10  # machines give way to what else this host does
 _GUEST = "tests/vm/guest/"
 
 
