@@ -93,7 +93,7 @@ def bench() -> Iterator[Bench]:
     """In an instance of its own: one of its devices is held for good."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        lab_in_memory(patch) as lab,
+        lab_in_memory(patch.setenv) as lab,
         contextlib.ExitStack() as locks,
     ):
         hosts = Hosts(lab, SIZE)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,9 +40,6 @@ from blktrack.tracker.tracking import Tracking
 from blktrack.units import MIB, SECTOR
 from tests.needs import TOOL_PATH
 from tests.sectors import Image
-
-if TYPE_CHECKING:
-    import pytest  # an emulated processor takes three seconds to import it
 
 LOOP_CTL_ADD, LOOP_CTL_REMOVE = 0x4C80, 0x4C81  # linux/loop.h
 TOP = Path(__file__).resolve().parent.parent
@@ -256,12 +253,13 @@ def told(line: str) -> None:
 
 
 @contextlib.contextmanager
-def lab_in_memory(patch: pytest.MonkeyPatch) -> Iterator[Lab]:
+def lab_in_memory(setenv: Callable[[str, str], None]) -> Iterator[Lab]:
+    """`setenv` of a MonkeyPatch, or of `os.environ` in a program that ends with the lab."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="blktrack-test-", dir=memory))
         stack.callback(shutil.rmtree, folder)
-        patch.setenv("BLKTRACK_ROOT", str(folder / "root"))
+        setenv("BLKTRACK_ROOT", str(folder / "root"))
         made = Lab(folder, stack)
         stack.callback(kernel.remove, made.store.paths.pins)
         yield made

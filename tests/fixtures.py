@@ -36,14 +36,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """Needs root. An instance of its own, whose programs have yet to be made."""
-    with lab_in_memory(monkeypatch) as made:
+    with lab_in_memory(monkeypatch.setenv) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def attached() -> Iterator[Lab]:
     """An instance with a device of each kind tracked, so that its programs stay in the kernel."""
-    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as made:
+    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch.setenv) as made:
         made.track(made.loop(MIB))
         if not zram():
             disk = made.zram(MIB)

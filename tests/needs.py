@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import importlib.util
 import os
 import pwd
 import shutil
@@ -53,12 +54,13 @@ def bpf() -> str:
         return reason
     if not Path("/sys/kernel/btf/vmlinux").exists():
         return "the kernel has no BTF (/sys/kernel/btf/vmlinux)"
-    try:
-        import bcc  # noqa: F401
-    except ImportError as error:
-        return f"bcc: {error}"
-    # libbcc links libbpf, whose probe loads a program of two instructions.
-    probe = ctypes.CDLL("libbcc.so.0", use_errno=True).libbpf_probe_bpf_prog_type
+    # To import bcc brings LLVM, which takes an emulated processor two seconds.
+    if importlib.util.find_spec("bcc") is None:
+        return "no module bcc"
+    try:  # bcc's package depends on it; the probe loads a program of two instructions
+        probe = ctypes.CDLL("libbpf.so.1", use_errno=True).libbpf_probe_bpf_prog_type
+    except OSError as error:
+        return f"libbpf: {error}"
     probe.argtypes = [ctypes.c_int, ctypes.c_void_p]
     if probe(BPF_PROG_TYPE_RAW_TRACEPOINT, None) != 1:
         return "the kernel refuses to load a raw tracepoint program"

@@ -35,7 +35,7 @@ Sample = tuple[Labels, float]
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Lab]:
     """An instance in which no device is held, as some of the session's may be."""
-    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as made:
+    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch.setenv) as made:
         made.track(made.loop(MIB))
         yield made
 

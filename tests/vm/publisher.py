@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 
 from blktrack import sync
 from blktrack.options import Options
@@ -90,7 +89,7 @@ def main() -> None:
     compile_once()
     turns, share, source = random.Random(seed), Path(SHARE), disks.find("src")
     told: dict[str, Told] = {}
-    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as lab:
+    with lab_in_memory(os.environ.__setitem__) as lab:
         made = {case: parted(lab, case) for case in CASES}
         root = mount(lab, "ext4", made["device"][1][0], Path(os.environ["BLKTRACK_ROOT"]))
         targets = {

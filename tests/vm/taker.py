@@ -10,6 +10,7 @@ the logged disks.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from blktrack import sync
@@ -169,7 +169,7 @@ def main() -> None:
     (TRACING / "buffer_size_kb").write_text("24576", encoding="ascii")
     for event in EVENTS:
         (TRACING / f"events/block/block_{event}/enable").write_text("1", encoding="ascii")
-    with pytest.MonkeyPatch.context() as patch, lab_in_memory(patch) as lab:
+    with lab_in_memory(os.environ.__setitem__) as lab:
         for name in sys.argv[2:]:
             begin = time.monotonic()
             points(lab, name, seed)
