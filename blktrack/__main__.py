@@ -1,5 +1,6 @@
 """python -m blktrack, and the installed command."""
 
+import codecs
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import sys
 
 def run() -> int:
     _stand_in()
+    _let_print()
     # Python would answer SIGINT with a traceback, of the imports below to begin with. As any death
     # is harmless, only commands that have something to tell catch signals, for that time.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -30,6 +32,20 @@ def _stand_in() -> None:
         sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     for number in range(3):  # also to hooks
         os.set_inheritable(number, True)
+
+
+def _let_print() -> None:
+    """A name may be any bytes: they are printed as they are. What a terminal has no letter for is
+    printed as "?"."""
+    codecs.register_error("printed", _printed)
+    sys.stdout.reconfigure(errors="printed")  # type: ignore[union-attr]
+
+
+def _printed(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Paths:
         import hashlib  # 25 ms that only this case needs
 
         base = root.resolve()
-        tag = hashlib.sha256(str(base).encode()).hexdigest()[:12]
+        tag = hashlib.sha256(os.fsencode(base)).hexdigest()[:12]
         return cls(
             BPFFS / f"blktrack-{tag}",
             base / "run/blktrack",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 
 from blktrack.errors import Refused
@@ -42,7 +43,7 @@ def check(device: BlockDevice) -> None:
 def device_id(device: BlockDevice) -> str:
     """Names a device's state: the same after a reboot where it has a permanent name."""
     name = device.permanent_name
-    digest = hashlib.sha256((name or f"name:{device.name}").encode()).hexdigest()[:12]
+    digest = hashlib.sha256(os.fsencode(name or f"name:{device.name}")).hexdigest()[:12]
     label = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-")
     return digest if name else f"{label}-{digest}"
 

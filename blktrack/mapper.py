@@ -59,7 +59,7 @@ def lines(targets: Iterable[Target]) -> list[str]:
     """A table as it is remembered."""
     found = []
     for target in targets:
-        ways = (hashlib.sha256(way.encode()).hexdigest()[:32] for way in _ways(target))
+        ways = (hashlib.sha256(os.fsencode(way)).hexdigest()[:32] for way in _ways(target))
         found.append(" ".join([str(target.start), str(target.length), target.kind, *ways]))
     return found
 

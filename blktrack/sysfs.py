@@ -18,8 +18,8 @@ MOUNTINFO = Path("/proc/self/mountinfo")
 BY_NAME = ("by-id", "by-partuuid")  # links of /dev/disk that follow the medium, best first
 
 
-def _text(path: Path | str) -> str | None:
-    """Names in it may be any bytes, as file names may."""
+def read_text(path: Path | str) -> str | None:
+    """A file of sysfs or procfs. Names in it may be any bytes, as file names may."""
     try:
         with open(path, "rb", buffering=0) as file:
             return os.fsdecode(file.read()).rstrip("\n")
@@ -28,7 +28,7 @@ def _text(path: Path | str) -> str | None:
 
 
 def _number(path: Path | str, default: int = 0) -> int:
-    text = _text(path)
+    text = read_text(path)
     return int(text) if text and text.lstrip("-").isdigit() else default
 
 
@@ -77,13 +77,13 @@ class BlockDevice:
         """The whole disk this is a partition of, or itself."""
         if not self.is_partition:
             return self
-        major, minor = (_text(f"{self.sys.parent}/dev") or "0:0").split(":")
+        major, minor = (read_text(f"{self.sys.parent}/dev") or "0:0").split(":")
         return BlockDevice.of_number(int(major), int(minor))
 
     @property
     def present(self) -> bool:
         """Whether the kernel still has it, under this number."""
-        return _text(f"{self.sys}/dev") == f"{self.number[0]}:{self.number[1]}"
+        return read_text(f"{self.sys}/dev") == f"{self.number[0]}:{self.number[1]}"
 
     @property
     def size(self) -> int:
@@ -114,7 +114,7 @@ class BlockDevice:
         return _number(f"{self.disk.sys}/diskseq")
 
     def queue(self, attribute: str) -> str | None:
-        return _text(f"{self.disk.sys}/queue/{attribute}")
+        return read_text(f"{self.disk.sys}/queue/{attribute}")
 
     def queue_number(self, attribute: str, default: int = 0) -> int:
         return _number(f"{self.disk.sys}/queue/{attribute}", default)
@@ -122,7 +122,7 @@ class BlockDevice:
     @property
     def in_flight(self) -> int:
         """Reads and writes begun and not ended, of the whole disk."""
-        return sum(int(word) for word in (_text(f"{self.disk.sys}/inflight") or "0").split())
+        return sum(int(word) for word in (read_text(f"{self.disk.sys}/inflight") or "0").split())
 
     @property
     def is_mapped(self) -> bool:
@@ -133,6 +133,11 @@ class BlockDevice:
     def suspended(self) -> bool:
         """Whether device-mapper holds back what is submitted to it; `in_flight` leaves that out."""
         return _number(f"{self.disk.sys}/dm/suspended") == 1
+
+    @property
+    def backing(self) -> str:
+        """The file or device behind a loop device, as it was named then; "" of any other."""
+        return read_text(f"{self.disk.sys}/loop/backing_file") or ""
 
     @property
     def holders(self) -> list[str]:
@@ -148,7 +153,7 @@ class BlockDevice:
             return []
         found = []
         for entry in _entries(self.sys):
-            if (entry / "partition").exists() and (text := _text(entry / "dev")):
+            if (entry / "partition").exists() and (text := read_text(entry / "dev")):
                 major, minor = text.split(":")
                 found.append(BlockDevice.of_number(int(major), int(minor)))
         return found
@@ -162,9 +167,9 @@ class BlockDevice:
         disk = self.disk.sys
         suffix = f"-part{_number(f'{self.sys}/partition')}" if self.is_partition else ""
         for source in ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"):
-            if text := _text(f"{disk}/{source}"):
+            if text := read_text(f"{disk}/{source}"):
                 return f"{source.rpartition('/')[2]}:{' '.join(text.split())}{suffix}"
-        if backing := _text(f"{disk}/loop/backing_file"):
+        if backing := self.backing:
             offset = _number(f"{disk}/loop/offset")
             return f"loop:{backing}{f'@{offset}' if offset else ''}{suffix}"
         for folder in BY_NAME:
@@ -204,24 +209,41 @@ class Mount(NamedTuple):
 
 def mounts(table: Path | None = None) -> list[Mount]:
     """This namespace's mounts, or those of `table`, in the order made (proc_pid_mountinfo(5))."""
-    found = []
-    for line in filter(None, (_text(table or MOUNTINFO) or "").split("\n")):
-        fields = line.split(" ")
-        kind, source, options = fields[fields.index("-") + 1 :][:3]
-        found.append(
-            Mount(
-                number=fields[2],
-                point=Path(_unescaped(fields[4])),
-                kind=kind,
-                source=_unescaped(source),
-                options=_unescaped(options),
-                id=int(fields[0]),
-            )
-        )
-    return found
+    return [_mount(fields) for fields in _table(table)]
 
 
-def _unescaped(text: str) -> str:
+def mount_of(path: Path) -> Mount | None:
+    """That which `path` is in."""
+    place, best, found = f"{path.resolve()}/", "", None
+    for fields in _table():
+        point = unescape(fields[4])
+        # The later of two mounts on one folder hides the earlier.
+        if place.startswith(f"{point.rstrip('/')}/") and len(point) >= len(best):
+            best, found = point, fields
+    return _mount(found) if found else None
+
+
+def _table(path: Path | None = None) -> list[list[str]]:
+    lines = (read_text(path or MOUNTINFO) or "").split("\n")
+    return [line.split(" ") for line in lines if line]
+
+
+def _mount(fields: list[str]) -> Mount:
+    kind, source, options = fields[fields.index("-") + 1 :][:3]
+    return Mount(
+        number=fields[2],
+        point=Path(unescape(fields[4])),
+        kind=kind,
+        source=unescape(source),
+        options=unescape(options),
+        id=int(fields[0]),
+    )
+
+
+def unescape(text: str) -> str:
+    r"""A name of mountinfo or swaps, in which the kernel writes a space as `\040`."""
+    if "\\" not in text:
+        return text
     return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
 
 
@@ -232,14 +254,14 @@ def filesystem_at(point: Path) -> str:
 
 def memory_available() -> int:
     """Bytes that can be had without swapping, by the kernel's estimate (proc_meminfo(5))."""
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text(Path("/proc/meminfo")) or "", re.M)
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", read_text(Path("/proc/meminfo")) or "", re.M)
     return int(found[1]) * 1024 if found else 0
 
 
 def boot_id() -> str:
     """A new one with every boot. `BLKTRACK_BOOT_ID` stands in for it, to test a reboot."""
     return os.environ.get("BLKTRACK_BOOT_ID") or (
-        _text(Path("/proc/sys/kernel/random/boot_id")) or ""
+        read_text(Path("/proc/sys/kernel/random/boot_id")) or ""
     )
 
 
@@ -251,7 +273,7 @@ def loops_backed_by(path: Path) -> list[str]:
         return []
     found = []
     for entry in _entries(SYSFS / "block"):
-        backing = _text(f"{entry}/loop/backing_file")
+        backing = read_text(f"{entry}/loop/backing_file")
         if backing is None:
             continue
         try:

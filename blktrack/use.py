@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from blktrack.errors import Refused
-from blktrack.sysfs import BlockDevice
+from blktrack.sysfs import BlockDevice, read_text
 
 
 class InUse(Refused):
@@ -49,16 +49,15 @@ def opener(device: BlockDevice) -> str:
     parts = {part.number for part in device.partitions}
     numbers = {os.makedev(*number) for number in {device.number, device.disk.number} | parts}
     for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            if _is_one_of(loop.read_text().rstrip("\n"), numbers):
-                return loop.parent.parent.name
+        if _is_one_of(read_text(loop) or "", numbers):
+            return loop.parent.parent.name
     for process in Path("/proc").glob("[0-9]*"):
         if int(process.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):  # it ended meanwhile
             for entry in os.scandir(process / "fd"):
                 if _is_one_of(entry.path, numbers):
-                    return f"{(process / 'comm').read_text().strip()} (process {process.name})"
+                    return f"{read_text(process / 'comm')} (process {process.name})"
     return ""
 
 

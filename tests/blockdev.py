@@ -277,7 +277,7 @@ def detach(device: str, file: Path) -> None:
 
     def gone() -> bool:
         try:
-            return backing.read_text(encoding="utf-8").strip() != str(file)
+            return backing.read_bytes().rstrip(b"\n") != os.fsencode(file)
         except OSError:
             return True
 

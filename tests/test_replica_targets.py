@@ -11,8 +11,8 @@ import pytest
 
 from blktrack.errors import Busy, UsageError
 from blktrack.ship.record import State
-from blktrack.ship.stack import below, unescape
-from blktrack.sysfs import BlockDevice
+from blktrack.ship.stack import below
+from blktrack.sysfs import BlockDevice, unescape
 from blktrack.units import MIB
 from tests.loopdev import run
 from tests.replicas import SIZE, Store, store

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import shutil
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ from blktrack.ship import routes
 from blktrack.ship.address import Address
 from blktrack.ship.retry import Retry
 from blktrack.ship.routes import PathWatch, RouteLook
+from tests.needs import TOOL_PATH
 
 pytestmark = pytest.mark.needs("root")
 
@@ -235,6 +237,21 @@ Host proxied
             assert RouteLook(Address.parse(f"ssh://{host}/a")).told() == expected, host
 
     in_own_network(body)
+
+
+def test_without_ip_no_route_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor with one that knows no JSON, as busybox has it."""
+    ip, ssh = tmp_path / "ip", shutil.which("ssh")
+    monkeypatch.setenv("BLKTRACK_SSH", f"{ssh} -F none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    address = Address.parse("ssh://127.0.0.1/a")
+    ip.symlink_to(shutil.which("ip", path=TOOL_PATH) or "no ip")
+    assert RouteLook(address).told() == "127.0.0.1 dev lo"
+    ip.unlink()
+    assert RouteLook(address).told() == ""
+    ip.write_text("#!/bin/sh\necho 'ip: unrecognized option: json' >&2\nexit 1\n")
+    ip.chmod(0o755)
+    assert RouteLook(address).told() == ""
 
 
 def test_a_route_that_takes_long_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,6 +246,9 @@ class Cron:
             for folder in {CRON} /var/spool/cron /run; do mount -t tmpfs none $folder; done
             mkdir -m 1730 /var/spool/cron/crontabs
             mount -t overlay -o lowerdir={sbin}:/usr/sbin overlay /usr/sbin
+            # libfaketime leaves files in /dev/shm, of names that another daemon's has as well.
+            mount --bind {lab.folder} /mnt && mount -t tmpfs none /dev/shm
+            mkdir -p {lab.folder} && mount --move /mnt {lab.folder}
             echo ready
             read go
             export LD_PRELOAD=$(echo /usr/lib/*/faketime/libfaketime.so.1) FAKETIME="+0 x{PACE}"

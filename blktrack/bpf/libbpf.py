@@ -171,12 +171,12 @@ def attach_probe(program: int, function: str) -> int:
 
 
 def pin(fd: int, path: Path) -> None:
-    call("bpf_obj_pin", fd, str(path).encode())
+    call("bpf_obj_pin", fd, os.fsencode(path))
 
 
 def open_pin(path: Path) -> int:
     """FileNotFoundError if nothing is pinned there."""
-    return call("bpf_obj_get", str(path).encode())
+    return call("bpf_obj_get", os.fsencode(path))
 
 
 def program_by_id(number: int) -> int:
@@ -199,5 +199,5 @@ def enable_stats() -> int:
 def mount(kind: str, where: Path) -> None:
     """mount(2) of a file system without a device."""
     libc = ct.CDLL(None, use_errno=True)
-    if libc.mount(kind.encode(), str(where).encode(), kind.encode(), ct.c_ulong(0), None):
+    if libc.mount(kind.encode(), os.fsencode(where), kind.encode(), ct.c_ulong(0), None):
         raise OSError(ct.get_errno(), os.strerror(ct.get_errno()))

@@ -14,7 +14,7 @@ from pathlib import Path
 from blktrack.errors import UsageError
 from blktrack.probe import ioctls
 from blktrack.probe.room import PATIENCE, ZRAM, Room, dmsetup
-from blktrack.sysfs import SYSFS, BlockDevice
+from blktrack.sysfs import SYSFS, BlockDevice, read_text
 from blktrack.units import MIB, SECTOR
 
 SIZE = 256 * MIB  # of which only what is written takes memory
@@ -109,9 +109,8 @@ def _dm(room: Room, held: ExitStack) -> str:
     except OSError as error:
         raise Absent(str(error.strerror)) from error
     for entry in (SYSFS / "block").glob("dm-*"):
-        with contextlib.suppress(OSError):
-            if (entry / "dm/name").read_text().strip() == name:
-                return entry.name
+        if read_text(entry / "dm/name") == name:
+            return entry.name
     raise Absent("the volume was made and is not in /sys/block")
 
 

@@ -39,7 +39,7 @@ class File:
             return False
         mask = os.umask(0o022)  # cron reads nothing that others can write
         try:
-            durable.write_bytes(self.path, self.text.encode())
+            durable.write_bytes(self.path, os.fsencode(self.text))
             self.path.chmod(0o644)
         finally:
             os.umask(mask)
@@ -73,7 +73,7 @@ def remove(path: Path) -> bool:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_bytes().decode(errors="replace")
+        return os.fsdecode(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:

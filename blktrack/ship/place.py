@@ -96,7 +96,7 @@ def folder_of(target: Target, paths: Paths) -> Path:
         return Path(f"{target.path}{STATE}")
     name = device.permanent_name or f"{device.name}:{device.diskseq}:{boot_id()}"
     words = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")[:40]
-    return paths.lib / "replicas" / f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return paths.lib / "replicas" / f"{words}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
 def lock_of(folder: Path, paths: Paths) -> Path:

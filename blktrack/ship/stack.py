@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from pathlib import Path
 
 from blktrack.errors import UsageError
-from blktrack.sysfs import SYSFS, BlockDevice
-
-
-def unescape(text: str) -> str:
-    r"""A path of mountinfo or swaps, in which the kernel writes a space as `\040`."""
-    if "\\" not in text:
-        return text
-    raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))
-    return os.fsdecode(raw)
+from blktrack.sysfs import SYSFS, BlockDevice, mount_of
 
 
 def device_number(path: str) -> tuple[int, int] | None:
@@ -67,12 +58,9 @@ def _by_name(name: str) -> BlockDevice | None:
 
 
 def _backing(device: BlockDevice) -> Path | None:
-    """The file or device behind a loop device."""
-    try:
-        path = Path((device.sys / "loop/backing_file").read_text().rstrip("\n"))
-    except OSError:
-        return None
-    return path if path.exists() else None
+    """The file or device behind a loop device, if it is still there."""
+    path = Path(device.backing)
+    return path if device.backing and path.exists() else None
 
 
 def shares_backing(one: BlockDevice, other: BlockDevice) -> bool:
@@ -94,28 +82,16 @@ def holding(path: Path) -> list[BlockDevice]:
     if os.major(file_system):
         return [BlockDevice.of_number(os.major(file_system), os.minor(file_system))]
     # btrfs and others have a number of their own; the mount names one device.
-    kind, name = _mount_of(path)
-    if not name.startswith("/") or not (number := device_number(name)):
+    mount = mount_of(path)
+    if mount is None or not mount.source.startswith("/"):
+        return []
+    if not (number := device_number(mount.source)):
         return []
     device = BlockDevice.of_number(*number)
     members = [device]
-    if kind == "btrfs":
+    if mount.kind == "btrfs":
         for uuid in (SYSFS / "fs/btrfs").glob("*-*"):
             names = [entry.name for entry in (uuid / "devices").iterdir()]
             if device.name in names:
                 members = [member for entry in names if (member := _by_name(entry))]
     return members
-
-
-def _mount_of(path: Path) -> tuple[str, str]:
-    """Type and source of the mount that `path` is in."""
-    place = f"{path.resolve()}/"
-    best, found = "", ("", "")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        point = unescape(left.split(" ")[4])
-        # The later of two mounts on one folder hides the earlier.
-        if place.startswith(f"{point.rstrip('/')}/") and len(point) >= len(best):
-            kind, name = right.split(" ")[:2]
-            best, found = point, (kind, unescape(name))
-    return found

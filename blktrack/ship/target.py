@@ -15,8 +15,8 @@ from pathlib import Path
 
 from blktrack.errors import BlktrackError, Refused, UsageError
 from blktrack.ship.address import is_remote
-from blktrack.ship.stack import below, device_number, holding, numbers, shares_backing, unescape
-from blktrack.sysfs import BlockDevice, loops_backed_by
+from blktrack.ship.stack import below, device_number, holding, numbers, shares_backing
+from blktrack.sysfs import BlockDevice, loops_backed_by, read_text, unescape
 from blktrack.units import format_size
 
 _OTHER = "choose another replica"
@@ -169,11 +169,8 @@ def _check_file(target: Target, source: BlockDevice) -> None:
 
 def _swaps() -> list[str]:
     """Devices and files that are swapped to."""
-    try:
-        lines = Path("/proc/swaps").read_text().splitlines()[1:]
-    except OSError:
-        return []
-    names = [unescape(line.split()[0]) for line in lines if line]
+    lines = (read_text("/proc/swaps") or "").split("\n")[1:]
+    names = [unescape(line.split(" ")[0]) for line in lines]
     return [name for name in names if os.path.exists(name)]
 
 

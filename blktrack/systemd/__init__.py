@@ -79,7 +79,7 @@ def install(devices: Iterable[BlockDevice], where: Path = WHERE) -> list[Path]:
             own.unlink()
         del texts[own]
     for path, text in texts.items():
-        durable.write_bytes(path, text.encode())
+        durable.write_bytes(path, os.fsencode(text))
         path.chmod(0o644)
     if where == WHERE:
         _run("systemctl", "enable", "--quiet", UNIT)
