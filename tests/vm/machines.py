@@ -51,19 +51,22 @@ class Layout:
 # All tests of a row on a kernel run in one machine, one after another, so a test that may take the
 # machine with it or needs other disks has a row of its own.
 MACHINES = {
+    # What is written to / is on the first disk.
     "plain": Layout(
         disks=(
+            Spec("root", ext4=True),
             Spec("blk"),
             Spec("scsi", "virtio-scsi"),
             Spec("nvme", "nvme"),
             Spec("nvme4k", "nvme", sector=4096),
-        )
+        ),
+        arguments=ROOT_DISK,
     ),
 }
 # Of its own, as it is long. A piece of memory is to be taken for persistent, for DAX.
 MACHINES["stacks"] = Layout(
     (
-        *(replace(spec, size=12 * MIB) for spec in MACHINES["plain"].disks),
+        *(replace(spec, size=12 * MIB) for spec in MACHINES["plain"].disks if not spec.ext4),
         Spec("head", "nvme-shared", size=12 * MIB),
     ),
     memory=1280,
@@ -72,5 +75,3 @@ MACHINES["stacks"] = Layout(
 )
 # Of its own, as a device that stays suspended takes its machine with it.
 MACHINES["inflight"] = Layout()
-# What is written to / is on the disk.
-MACHINES["root"] = Layout((Spec("root", ext4=True),), arguments=ROOT_DISK)

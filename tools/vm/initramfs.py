@@ -8,11 +8,8 @@ happens inside.
 
 from __future__ import annotations
 
-import lzma
 from collections.abc import Sequence
 from pathlib import Path
-
-import zstandard
 
 from tools.vm.kernels import Kernel
 
@@ -84,8 +81,8 @@ def build(kernel: Kernel, busybox: Path, keep: Sequence[Path]) -> bytes:
     archive.add("hidden", "".join(f"{path}\n" for path in hidden(keep)).encode(), 0o100644)
     needed = order(kernel)
     for path in needed:
-        archive.add(f"modules/{_plain(path)}", _unpacked(path), 0o100644)
-    archive.add("modules/order", "\n".join(_plain(path) for path in needed).encode(), 0o100644)
+        archive.add(f"modules/{path.name}", path.read_bytes(), 0o100644)
+    archive.add("modules/order", "\n".join(path.name for path in needed).encode(), 0o100644)
     return archive.finish()
 
 
@@ -108,20 +105,6 @@ def order(kernel: Kernel) -> list[Path]:
         if name in names:
             visit(names[name])
     return [kernel.modules / path for path in found]
-
-
-def _plain(path: Path) -> str:
-    return path.name.partition(".")[0] + ".ko"
-
-
-def _unpacked(path: Path) -> bytes:
-    data = path.read_bytes()
-    match path.suffix:
-        case ".xz":
-            return lzma.decompress(data)
-        case ".zst":
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
-    return data
 
 
 class Archive:

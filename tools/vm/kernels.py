@@ -53,7 +53,7 @@ class Kernel:
 
 def kernel(name: str) -> Kernel:
     """One of SUITES, fetched where the cache has it not. FetchError."""
-    with cached(f"linux-{name}", lambda root: _fetch(SUITES[name], root)) as folder:
+    with cached(f"kernel-{name}", lambda root: _fetch(SUITES[name], root)) as folder:
         return Kernel(name, folder)
 
 
@@ -72,7 +72,18 @@ def _fetch(suite: str, root: Path) -> None:
     if not found.packed.exists():
         raise FetchError(f"{_META} of {suite} has no vmlinuz")
     found.image.write_bytes(unpacked(found.packed.read_bytes()))
+    for path in found.modules.rglob("*.ko.*"):
+        path.with_suffix("").write_bytes(_inflated(path))
+        path.unlink()
     run("depmod", "-b", root, found.version)
+
+
+def _inflated(path: Path) -> bytes:
+    """A module, as a kernel takes it: an emulated processor takes a second for a large one."""
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(data)
+    return zstandard.ZstdDecompressor().decompressobj().decompress(data)
 
 
 def unpacked(image: bytes) -> bytes:
