@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,21 @@ from blktrack.observer import NOBODY, Observer
 _MOVE = "move {path} away; the next sync starts over from what is left"
 
 
+def plain(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, as they are: asdict copies all that is in them. TypeError."""
+    return {each.name: getattr(value, each.name) for each in fields(value)}
+
+
+_encoded = json.JSONEncoder(default=plain).encode
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace `path`: after a crash at any step it holds the old value or the new one, whole."""
-    write_bytes(path, f"{json.dumps(value, indent=1)}\n".encode())
+    """Replace `path`: after a crash at any step it holds the old value or the new one, whole.
+
+    A line for each key: with `indent` Python's own encoder would do the work, not the one in C.
+    """
+    lines = (f" {_encoded(key)}: {_encoded(each)}" for key, each in value.items())
+    write_bytes(path, "{{\n{}\n}}\n".format(",\n".join(lines)).encode())
 
 
 def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:

@@ -269,7 +269,7 @@ class Store:
 
 
 def _write(path: Path, value: Any) -> None:
-    durable.write_json(path, {"format": _FORMAT, **dataclasses.asdict(value)})
+    durable.write_json(path, {"format": _FORMAT, **durable.plain(value)})
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -223,6 +223,11 @@ def mount_of(path: Path) -> Mount | None:
     return _mount(found) if found else None
 
 
+def mount_numbered(number: int) -> Mount | None:
+    """By its id in this namespace."""
+    return next((_mount(fields) for fields in _table() if fields[0] == str(number)), None)
+
+
 def _table(path: Path | None = None) -> list[list[str]]:
     lines = (read_text(path or MOUNTINFO) or "").split("\n")
     return [line.split(" ") for line in lines if line]
@@ -272,8 +277,8 @@ def loops_backed_by(path: Path) -> list[str]:
     except OSError:
         return []
     found = []
-    for entry in _entries(SYSFS / "block"):
-        backing = read_text(f"{entry}/loop/backing_file")
+    for name in os.listdir(SYSFS / "block"):
+        backing = read_text(f"{SYSFS}/block/{name}/loop/backing_file")
         if backing is None:
             continue
         try:
@@ -281,5 +286,5 @@ def loops_backed_by(path: Path) -> list[str]:
         except OSError:
             continue
         if (info.st_dev, info.st_ino) == (wanted.st_dev, wanted.st_ino):
-            found.append(entry.name)
-    return found
+            found.append(name)
+    return sorted(found)

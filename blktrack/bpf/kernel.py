@@ -61,7 +61,7 @@ class Kernel:
         self._fds: dict[str, int] = {}
         try:
             for name in abi.MAPS:
-                self._fds[name] = libbpf.open_pin(pins / name)
+                self._fds[name] = libbpf.open_pin(f"{pins}/{name}")
         except OSError as error:
             self.close()
             raise _missing(f"the tracking maps are gone from {pins}", error) from error
@@ -87,7 +87,7 @@ class Kernel:
         try:
             for copy in pinned_copies(self.pins, name):
                 try:
-                    link = libbpf.open_pin(self.pins / f"link_{copy}")
+                    link = libbpf.open_pin(f"{self.pins}/link_{copy}")
                 except OSError as error:
                     raise _missing(f"program {copy} is no longer pinned", error) from error
                 try:

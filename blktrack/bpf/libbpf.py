@@ -174,7 +174,7 @@ def pin(fd: int, path: Path) -> None:
     call("bpf_obj_pin", fd, os.fsencode(path))
 
 
-def open_pin(path: Path) -> int:
+def open_pin(path: Path | str) -> int:
     """FileNotFoundError if nothing is pinned there."""
     return call("bpf_obj_get", os.fsencode(path))
 

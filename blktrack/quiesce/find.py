@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blktrack.errors import Refused, UsageError
 from blktrack.ship import stack
-from blktrack.sysfs import SYSFS, BlockDevice, Mount, mounts
+from blktrack.sysfs import SYSFS, BlockDevice, Mount, mount_numbered, mounts
 
 Number = tuple[int, int]
 
@@ -184,7 +184,7 @@ def _mount_of(fd: int) -> Mount | None:
     """The mount through which a descriptor was opened."""
     text = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")
     number = re.search(r"^mnt_id:\s*(\d+)$", text, re.M)
-    return next((m for m in mounts() if number and m.id == int(number[1])), None)
+    return mount_numbered(int(number[1])) if number else None
 
 
 def devices_below(path: Path) -> set[Number]:

@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from blktrack.durable import read_json, write_json
+from blktrack.durable import plain, read_json, write_json
 from blktrack.errors import BlktrackError
 from blktrack.point import Point
 from blktrack.ship.pack import ROW, Index, fault
@@ -54,11 +54,11 @@ class Header:
     written: int  # modification time of the pack, in nanoseconds: nothing writes it after the seal
 
     def write(self, folder: Path) -> None:
-        write_json(folder / HEADER, {"format": FORMAT, **asdict(self)})
+        write_json(folder / HEADER, {"format": FORMAT, **plain(self)})
 
     def over(self, index: bytes) -> str:
         """The digest that it should have with this file of extents."""
-        rest = json.dumps(asdict(replace(self, digest="")), sort_keys=True)
+        rest = json.dumps(plain(replace(self, digest="")), default=plain, sort_keys=True)
         return hashlib.blake2b(rest.encode() + index, digest_size=20).hexdigest()
 
     def leads_from(self, record: Record) -> bool:

@@ -6,11 +6,11 @@ import contextlib
 import enum
 import hashlib
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from blktrack.durable import read_json, write_json
+from blktrack.durable import plain, read_json, write_json
 from blktrack.errors import BlktrackError
 from blktrack.point import Point
 from blktrack.ship.endpoint import Endpoint
@@ -147,7 +147,7 @@ class Record:
         return seal.changed(now)
 
     def write(self, path: Path) -> None:
-        write_json(path, {"format": FORMAT, **asdict(self)})
+        write_json(path, {"format": FORMAT, **plain(self)})
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
