@@ -22,6 +22,8 @@ from tests.vm.runs import Runs
 
 NEEDED = ("root", "qemu-system-x86_64", "depmod")  # of this host
 CI = bool(os.environ.get("CI"))
+HERE = Path(__file__).parent
+AWAITS = not INSIDE and ALONE not in os.environ  # this is the session that others report to
 RUNS = pytest.StashKey[Runs]()
 
 
@@ -56,17 +58,34 @@ def kernel_of(item: pytest.Item) -> str:
 
 def is_awaited(item: pytest.Item) -> bool:
     """One that is run elsewhere, on a kernel: in a machine, or with machines of its own."""
-    return not INSIDE and ALONE not in os.environ and bool(kernel_of(item))
+    return AWAITS and bool(kernel_of(item))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of those here, tests that are not awaited come first: they can be done meanwhile."""
+
+    def turn(item: pytest.Item) -> int:
+        return 0 if not item.get_closest_marker("vm") else 2 if is_awaited(item) else 1
+
+    here = [item for item in items if HERE in item.path.parents]
+    ordered = iter(sorted(here, key=turn))
+    items[:] = [next(ordered) if HERE in item.path.parents else item for item in items]
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if not is_awaited(item):
+        # Not beside others: some change what a thread of this process would read.
+        if AWAITS and item.get_closest_marker("vm") and not NEEDS.missing(NEEDED):
+            runs(item.session)
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # A test that ran here before this one left up what this one has in common with it: the next
+    # may not. What pytest does at the end of a test; it has no public name for that.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
@@ -106,7 +125,7 @@ def own_report(item: pytest.Item, reason: str, *, skip: bool = False) -> pytest.
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """What a test measured is said in the end, but for the cells of the matrix: it has a table."""
     found = dict(report.user_properties) if report.when == "call" else {}
-    if "measured" in found and CELL not in found and not INSIDE and ALONE not in os.environ:
+    if "measured" in found and CELL not in found and AWAITS:
         told(f"{report.nodeid.rpartition('::')[2]}: {found['measured']}")
 
 

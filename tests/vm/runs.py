@@ -61,7 +61,7 @@ class Runs:
                 end.result()
                 return Outcome(reports, run.reason(), run)
             with contextlib.suppress(TimeoutError):
-                end.result(timeout=0.2)
+                end.result(timeout=1.0)
 
     def close(self) -> None:
         for end in self._ends.values():

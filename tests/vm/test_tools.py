@@ -14,7 +14,7 @@ import zstandard
 from tools.vm import packages
 from tools.vm.disk import Disk
 from tools.vm.initramfs import Archive
-from tools.vm.kernels import unpacked
+from tools.vm.kernels import unpacked, unsigned
 from tools.vm.packages import FetchError, cached
 
 SECTORS = 27  # of setup code, between the boot sector and the kernel
@@ -31,6 +31,15 @@ def test_kernel_is_unpacked(pack: object, seed: int) -> None:
     struct.pack_into("<II", image, 0x248, 100, len(packed) + 4)
     size = struct.pack("<I", len(kernel))  # behind what is packed
     assert unpacked(bytes(image) + packed + size + b"other") == kernel
+
+
+def test_a_module_without_its_signature(seed: int) -> None:
+    """As scripts/sign-file.c of Linux appends it."""
+    module = b"\x7fELF" + random.Random(seed).randbytes(1 << 12)
+    signature = random.Random(seed + 1).randbytes(681)
+    about = struct.pack(">8xI", len(signature))
+    assert unsigned(module + signature + about + b"~Module signature appended~\n") == module
+    assert unsigned(module) == module
 
 
 def test_archive_is_as_the_kernel_reads_it() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from blktrack.report import SyncReport
 from blktrack.sysfs import BlockDevice
+from blktrack.tracker import service
 from blktrack.units import MIB
 from tests import sectors
 from tests.blockdev import Lab, read_image, run, wait_until, write_direct
@@ -129,7 +130,8 @@ def test_a_table_that_came_while_it_was_stopped(shared: Lab) -> None:
     source = Source(shared, volume.path)
     fill(other)
     for arguments, mode in ((f"{volume.lower} 0", "nothing"), (f"{other} 0", "resync")):
-        assert shared.blktrack("stop", volume.path).code == 0
+        (stopped,) = service.stop(shared.store, volume.path)
+        assert stopped.action == "stopped", stopped
         volume.load("linear", arguments)
         volume.resume()
         report = crash(shared, volume.path, source.replica)
