@@ -78,15 +78,15 @@ class Disk:
                 bus = f"scsi{number}"
                 words += ["-device", f"virtio-scsi-pci,id={bus}"]
                 return [*words, "-device", f"scsi-hd,bus={bus}.0,{common}"]
-            case "nvme" | "nvme-shared":
-                # Linux makes a multipath head of what several controllers may have, and of qemu
-                # 10.0's disks that may be any unless it is told.
+            case "nvme":
+                return [*words, "-device", f"nvme,{common}"]
+            case "nvme-shared":
+                # Linux makes a multipath head of what several controllers may have.
                 group, control = f"group{number}", f"control{number}"
-                shared = "on" if self.kind == "nvme-shared" else "off"
                 words += ["-device", f"nvme-subsys,id={group}"]
                 words += ["-device", f"nvme,id={control},serial={self.serial},subsys={group}"]
-                space = f"nvme-ns,drive={node},bus={control},shared={shared},{sectors}"
-                return [*words, "-device", f"{space},{self.options}" if self.options else space]
+                space = f"nvme-ns,drive={node},bus={control},shared=on,{sectors}"
+                return [*words, "-device", space]
         raise ValueError(f"no kind of disk: {self.kind}")
 
 
