@@ -124,15 +124,22 @@ def synced(root: CleanRoot, device: str) -> dict[str, object]:
 
 
 def check_the_unit(root: CleanRoot, device: str) -> None:
-    """The drop-in knows the device; what another installation left does not hide the package's."""
+    """The drop-in knows the device; what another installation left does not hide the package's,
+    what an administrator made of that does."""
     own = root.folder / "etc/systemd/system/blktrack.service"
     drop_in = root.folder / "etc/systemd/system/blktrack.service.d/devices.conf"
     name = Path(device).name
     assert f"Before=blockdev@dev-{name}.target" in drop_in.read_text(encoding="utf-8")
     assert not own.exists()
-    own.write_text("[Service]\nExecStart=/opt/blktrack start\n", encoding="ascii")
+    # Nothing says that an administrator writes UTF-8.
+    remark = "# d'été\n".encode("latin-1")
+    own.write_bytes(remark + b"[Service]\nExecStart=/opt/blktrack start\n")
     root.run("blktrack", "service", "install")
     assert not own.exists()
+    own.write_bytes(remark + root.run("blktrack", "service", "show").out.encode())
+    root.run("blktrack", "service", "install")
+    assert own.exists()
+    own.unlink()
 
 
 def check_upgrade(root: CleanRoot, package: Path, device: str) -> None:

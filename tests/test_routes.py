@@ -239,6 +239,7 @@ Host proxied
     in_own_network(body)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_without_ip_no_route_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nor with one that knows no JSON, as busybox has it."""
     ip, ssh = tmp_path / "ip", shutil.which("ssh")

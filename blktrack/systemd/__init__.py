@@ -75,7 +75,7 @@ def install(devices: Iterable[BlockDevice], where: Path = WHERE) -> list[Path]:
     own = where / UNIT
     texts = {own: unit(), where / f"{UNIT}.d" / "devices.conf": ordering(devices)}
     if where == WHERE and is_packaged():
-        if own.exists() and f"={command()} " not in own.read_text(encoding="utf-8"):
+        if own.exists() and os.fsencode(f"={command()} ") not in own.read_bytes():
             own.unlink()
         del texts[own]
     for path, text in texts.items():
@@ -96,7 +96,7 @@ def is_installed() -> bool:
 def is_packaged() -> bool:
     """A package, this installation's, has brought the unit."""
     try:
-        return (VENDOR / UNIT).read_text(encoding="utf-8") == unit()
+        return (VENDOR / UNIT).read_bytes() == os.fsencode(unit())
     except OSError:
         return False
 

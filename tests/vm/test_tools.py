@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import lzma
 import random
+import re
+import shlex
 import struct
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from tests.blockdev import TOP, run
 from tools.vm import packages
 from tools.vm.disk import Disk
 from tools.vm.initramfs import Archive
@@ -113,6 +117,24 @@ def test_tool_that_fails_is_quoted() -> None:
         packages.run("sh", "-c", "echo no >&2; exit 3")
     with pytest.raises(FetchError, match=r"no-such-tool is not installed: run tools/setup\.sh dev"):
         packages.run("no-such-tool")
+
+
+def test_the_commands_of_the_manual_choose_tests() -> None:
+    """Those of docs/vmtest.md that name some."""
+    manual = (TOP / "docs/vmtest.md").read_text(encoding="utf-8")
+    chosen = re.findall(r"""make vmtest ARGS="(-k .*?)\"""", manual)
+    assert chosen
+    for words in chosen:
+        run(
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "vm",
+            "--co",
+            *shlex.split(words),
+            TOP / "tests/vm",
+        )
 
 
 def test_disk_of_no_kind(tmp_path: Path) -> None:
