@@ -125,16 +125,8 @@ def test_the_commands_of_the_manual_choose_tests() -> None:
     chosen = re.findall(r"""make vmtest ARGS="(-k .*?)\"""", manual)
     assert chosen
     for words in chosen:
-        run(
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "vm",
-            "--co",
-            *shlex.split(words),
-            TOP / "tests/vm",
-        )
+        asked = ["-m", "vm", "--co", *shlex.split(words)]
+        run(sys.executable, "-m", "pytest", *asked, TOP / "tests/vm")
 
 
 def test_disk_of_no_kind(tmp_path: Path) -> None:

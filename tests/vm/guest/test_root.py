@@ -12,10 +12,10 @@ import pytest
 
 from blktrack import linux, sync
 from blktrack.config import Paths
-from blktrack.errors import NoPoint, NotTracked
+from blktrack.errors import NoPoint
 from blktrack.options import Options
 from blktrack.report import SyncReport
-from tests.blockdev import Lab, Silent, read_image, run
+from tests.blockdev import Lab, Silent, Watch, read_image, run
 from tests.oracle import missed, repeating
 from tests.sectors import Image
 from tests.vm import disks
@@ -33,10 +33,8 @@ STATE = Path("/var/lib/blktrack")
 def host(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """The instance of the host itself."""
     monkeypatch.delenv("BLKTRACK_ROOT")
-    made = Lab(lab.folder, lab.stack)
-    yield made
-    with contextlib.suppress(NotTracked):
-        made.untrack(disks.find("root"))
+    yield Lab(lab.folder, lab.stack)
+    lab.blktrack("untrack", disks.find("root"))
 
 
 def image(disk: str) -> Image:
@@ -57,9 +55,10 @@ def test_root_file_system(
 ) -> None:
     disk, target = disks.find("root"), host.folder / "replica"
     assert host.store.paths == Paths.of_host()
-    watch = host.track(disk)
+    assert host.blktrack("track", disk).code == 0
     assert Path(f"{DISK_ROOT}/upper{STATE}").is_dir()
     assert host.blktrack("sync", disk, target, "--json").json["mode"] == "initial"
+    watch = Watch(host.store, disk)
     watch.take()
     before = image(disk)
     reports = list[SyncReport]()
@@ -81,9 +80,8 @@ def test_root_file_system(
 
     crashed = shutil.copy(target, host.folder / "crashed")
     run("e2fsck", "-p", crashed)  # its journal, and then nothing to repair: that would be code 1
-    frozen = Options(consistency="filesystem")
-    last = sync.sync(host.store, disk, str(target), frozen, Silent())[0]
-    assert last.consistency == "filesystem"
+    report = host.blktrack("sync", disk, target, "--consistency", "filesystem", "--json").json
+    assert report["consistency"] == "filesystem"
     run("e2fsck", "-f", "-n", target)
     state = Path(f"upper{STATE}/devices")
     with host.mounted(str(target), "-o", "ro,noload") as point:
